@@ -1,0 +1,160 @@
+"""The `distill` command. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.errors import DistillError, find_user_error
+
+app = typer.Typer(
+    name="distill",
+    help="Distil language models: a teacher pool writes soft labels, students learn from them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+labels_app = typer.Typer(help="Look into a label log.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(labels_app, name="labels")
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", "-c", metavar="a.b=c", help="Override a value of the job file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print data for machines on stdout.")]
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@app.command()
+def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False, dry_run: bool = False) -> None:
+    """Run a job here, or continue it; finished stages are reused."""
+    from orchestrator.plan.explain import explain
+    from orchestrator.plan.make import make_plan
+    from orchestrator.spec.load import load_job
+
+    plan = make_plan(load_job(job, overrides or []))
+    if dry_run:
+        print(explain(plan))
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    from orchestrator.pipeline import run as run_plan
+
+    report = run_plan(plan)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        from orchestrator.report.build import verdict
+
+        print(verdict(report))
+
+
+@app.command()
+def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what a job will do: stages, batch algebra, memory, label bytes, DeepSpeed configuration."""
+    from orchestrator.plan.explain import as_dict, explain
+    from orchestrator.plan.make import make_plan
+    from orchestrator.spec.load import load_job
+
+    made = make_plan(load_job(job, overrides or []))
+    print(json.dumps(as_dict(made), indent=1) if as_json else explain(made))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a job file, for editors."""
+    from orchestrator.spec.load import job_schema
+
+    print(json.dumps(job_schema(), indent=1))
+
+
+@app.command()
+def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")], as_json: AsJson = False) -> None:
+    """Print the summary of a finished run."""
+    from orchestrator.errors import SpecError
+
+    file = run_directory / ("report.json" if as_json else "summary.md")
+    if not file.is_file():
+        raise SpecError(f"{run_directory}: no {file.name} there; the run has not finished or is elsewhere")
+    print(file.read_text(), end="")
+
+
+@labels_app.command("inspect")
+def labels_inspect(path: Annotated[Path, typer.Argument(help="Label log: STORAGE/labels/KEY.")], as_json: AsJson = False) -> None:
+    """Show what a label log holds and what it costs."""
+    log = _open_log(path)
+    shards = [(s, r) for s, r in log.all_committed()]
+    rows, size = sum(r.rows for _, r in shards), sum(r.bytes for _, r in shards)
+    facts: dict[str, Any] = {"key": log.key, "shards": len(shards), "rows": rows, "bytes": size, "identity": log.identity()}
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print(f"{log.key}: {len(shards)} shards, {rows:,} rows, {size:,} bytes")
+        print(json.dumps(facts["identity"], indent=1))
+
+
+@labels_app.command("verify")
+def labels_verify(path: Annotated[Path, typer.Argument(help="Label log: STORAGE/labels/KEY.")]) -> None:
+    """Read every shard of a label log and check every byte; exit code 5 names the first damaged shard."""
+    found = _open_log(path).verify()
+    print(f"{len(found)} shards, {sum(r.rows for _, r in found):,} rows: intact")
+
+
+def _open_log(path: Path) -> Any:
+    from orchestrator.errors import SpecError
+    from orchestrator.store.files import Store
+    from orchestrator.store.label_log import LabelLog
+
+    folder = path.absolute()
+    if not (folder / "key.json").is_file() or folder.parent.name != "labels":
+        raise SpecError(f"{path}: not a label log (STORAGE/labels/KEY)")
+    return LabelLog(Store(folder.parent.parent), folder.name)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def main() -> None:
+    """Run the command and end with the exit code that the contract gives its outcome."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as ending:
+        sys.exit(ending.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("interrupted; run the same job again to continue", file=sys.stderr)
+        sys.exit(130)
+    except Terminated:
+        print("terminated; run the same job again to continue", file=sys.stderr)
+        sys.exit(143)
+    except Exception as error:
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    """Print `error` as a user should see it; returns the exit code."""
+    import click
+
+    if isinstance(error, click.ClickException):
+        print(f"distill: {error.format_message()}", file=sys.stderr)
+        return 2
+    known: DistillError | None = find_user_error(error)
+    if known is None:
+        traceback.print_exception(error)
+        return 1
+    print(f"distill: {known}", file=sys.stderr)
+    return known.exit_code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Documents to training windows to token shards, one piece of the corpus at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator.data.sources import Piece, read_piece
+from orchestrator.data.tokenizer import TokenizerFacts, decode_document
+from orchestrator.plan.order import shuffled
+from orchestrator.spec.data import Data
+from orchestrator.store.files import Store
+from orchestrator.store.records import Record, ShardRecord
+from orchestrator.store.shards import ROW_ID_BYTES, TokenShard, put_shard
+
+DOCUMENTS_PER_CALL = 64
+
+
+class PackedPiece(Record):
+    """What became of one piece."""
+
+    train: tuple[ShardRecord, ...]
+    heldout: tuple[ShardRecord, ...]
+    documents: int
+    heldout_documents: int
+    skipped_documents: int
+    dropped_tail_tokens: int
+
+
+@dataclass
+class _Windows:
+    """Packs a stream of documents into overlapping windows of seq_len + 1 ids."""
+
+    seq_len: int
+    facts: TokenizerFacts
+    rows: list[np.ndarray] = field(default_factory=list)
+    row_ids: list[bytes] = field(default_factory=list)
+    _open: list[int] = field(default_factory=list)
+    _origin: deque[tuple[str, int, int]] = field(default_factory=deque)
+    """(document, first position, ids left) of the documents in `_open`."""
+    documents: int = 0
+
+    def add(self, document: str, ids: list[int]) -> None:
+        """Append a document (by content hash) and cut the windows it completes.
+
+        A window begins with the BOS id where the tokenizer uses one; otherwise two neighbours share one id. Either
+        way every id of the stream is a target exactly once.
+        """
+        self.documents += 1
+        if self.facts.separator is not None:
+            ids = [*ids, self.facts.separator]
+        self._origin.append((document, 0, len(ids)))
+        self._open.extend(ids)
+        prefix = [] if self.facts.bos is None else [self.facts.bos]
+        content = self.seq_len + 1 - len(prefix)
+        start = 0
+        while len(self._open) - start >= content:
+            self.rows.append(np.array(prefix + self._open[start : start + content], dtype=np.int32))
+            self.row_ids.append(_row_id(*self._origin[0][:2]))
+            start += self.seq_len
+            self._leave_behind(self.seq_len)
+        del self._open[:start]
+
+    def _leave_behind(self, count: int) -> None:
+        while count:
+            document, position, left = self._origin.popleft()
+            used = min(count, left)
+            count -= used
+            if used < left:
+                self._origin.appendleft((document, position + used, left - used))
+
+    @property
+    def tail(self) -> int:
+        return len(self._open)
+
+
+def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: TokenizerFacts) -> PackedPiece:
+    """Tokenize `piece`, split off held-out documents, and store its shards under `folder`.
+
+    Idempotent: a piece that was finished before is not read again.
+    """
+    key = f"{folder}/pieces/{piece.index:06d}.json"
+    done = PackedPiece.load(store, key)
+    if done is not None:
+        return done
+    train, heldout = _Windows(data.seq_len, facts), _Windows(data.seq_len, facts)
+    skipped = 0
+    tokenizer = store.path(f"{folder}/tokenizer/tokenizer.json")
+    for document, ids in _tokenized(data, piece, tokenizer):
+        if ids is None:
+            skipped += 1
+            continue
+        (heldout if _is_heldout(document, data) else train).add(document, ids)
+    packed = PackedPiece(
+        train=_store_rows(store, f"{folder}/train", data, piece, train),
+        heldout=_store_rows(store, f"{folder}/heldout", data, piece, heldout),
+        documents=train.documents,
+        heldout_documents=heldout.documents,
+        skipped_documents=skipped,
+        dropped_tail_tokens=train.tail + heldout.tail,
+    )
+    store.put_if_absent(key, packed.model_dump_json().encode())
+    return packed
+
+
+def _tokenized(data: Data, piece: Piece, tokenizer_file: Path) -> Iterator[tuple[str, list[int] | None]]:
+    """(content hash, ids) of every document; ids is None for one that is skipped."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.no_truncation()
+    for group in _groups(read_piece(data.source, piece)):
+        texts = [decode_document(data, name, raw) for name, raw in group]
+        encoded = iter(tokenizer.encode_batch([t for t in texts if t], add_special_tokens=False))
+        for (name, raw), text in zip(group, texts, strict=True):
+            content = hashlib.sha256(name.encode("utf-8", errors="replace") + b"\0" + raw).hexdigest()
+            yield content, next(encoded).ids if text else None
+
+
+def _groups(documents: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
+    group: list[tuple[str, bytes]] = []
+    for document in documents:
+        group.append(document)
+        if len(group) == DOCUMENTS_PER_CALL:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _is_heldout(document: str, data: Data) -> bool:
+    draw = hashlib.sha256(f"{data.seed}:{document}".encode()).digest()
+    return int.from_bytes(draw[:8], "big") < data.heldout_fraction * 2**64
+
+
+def _row_id(document: str, position: int) -> bytes:
+    return hashlib.sha256(f"{document}:{position}".encode()).digest()[:ROW_ID_BYTES]
+
+
+def _store_rows(store: Store, folder: str, data: Data, piece: Piece, windows: _Windows) -> tuple[ShardRecord, ...]:
+    """Shuffle the windows of a piece and cut them into shards."""
+    order = shuffled(len(windows.rows), data.seed, piece.index)
+    records: list[ShardRecord] = []
+    for start in range(0, len(order), data.rows_per_shard):
+        chosen = [int(i) for i in order[start : start + data.rows_per_shard]]
+        shard = TokenShard([windows.row_ids[i] for i in chosen], np.stack([windows.rows[i] for i in chosen]))
+        records.append(put_shard(store, folder, len(records), shard.to_table()))
+    return tuple(records)

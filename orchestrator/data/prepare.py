@@ -1,0 +1,101 @@
+"""The data stage: Ray Data reads and tokenizes the pieces of a corpus and writes its token shards."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.data.pack import PackedPiece, pack_piece
+from orchestrator.data.sources import Piece, corpus_listing, list_pieces
+from orchestrator.data.tokenizer import TokenizerFacts, tokenizer_facts, train_tokenizer
+from orchestrator.errors import DataError
+from orchestrator.plan.fingerprint import fingerprint
+from orchestrator.runtime.environment import limit_threads
+from orchestrator.runtime.session import quiet_ray_data
+from orchestrator.spec.data import Data, TrainTokenizer
+from orchestrator.store.files import Store
+from orchestrator.store.records import MANIFEST, TokenManifest
+from orchestrator.store.shards import TOKEN_SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus to tokenize, identified."""
+
+    key: str
+    data: Data
+    teacher_tokenizer: Path | None
+    """Folder of the tokenizer to use; None to train one."""
+
+    @property
+    def folder(self) -> str:
+        return f"data/{self.key}"
+
+
+def identify_corpus(data: Data, teacher_tokenizer: Path | None, tokenizer_identity: str) -> Corpus:
+    """Name the token shards that `data` will become; raises `DataError` if there is nothing to read."""
+    key = fingerprint("data", TOKEN_SCHEMA_VERSION, data, corpus_listing(data.source), tokenizer_identity)
+    return Corpus(key, data, teacher_tokenizer)
+
+
+def prepared_tokens(store: Store, corpus: Corpus) -> TokenManifest | None:
+    """The manifest of a corpus that is already tokenized."""
+    return TokenManifest.load(store, f"{corpus.folder}/{MANIFEST}")
+
+
+def prepare_tokens(store: Store, corpus: Corpus) -> TokenManifest:
+    """Tokenize `corpus`; raises `DataError` for a corpus that does not fill one training and one held-out window."""
+    pieces = list_pieces(corpus.data)
+    if not pieces:
+        raise DataError("data.source: the corpus is empty")
+    facts: TokenizerFacts = ray.get(_tokenizer_task.remote(store, corpus, pieces))
+    packed = _pack_all(store, corpus, pieces, facts)
+    manifest = TokenManifest(
+        fingerprint=corpus.key,
+        seq_len=corpus.data.seq_len,
+        vocab_size=facts.vocab_size,
+        tokenizer_sha256=facts.sha256,
+        train=tuple(record for piece in packed for record in piece.train),
+        heldout=tuple(record for piece in packed for record in piece.heldout),
+        documents=sum(p.documents for p in packed),
+        heldout_documents=sum(p.heldout_documents for p in packed),
+        skipped_documents=sum(p.skipped_documents for p in packed),
+        dropped_tail_tokens=sum(p.dropped_tail_tokens for p in packed),
+    )
+    for part, shards in (("training", manifest.train), ("held-out", manifest.heldout)):
+        if not shards:
+            count = manifest.documents if part == "training" else manifest.heldout_documents
+            raise DataError(f"data.source: {count} {part} documents do not fill one window of {manifest.seq_len} tokens")
+    manifest.save(store, f"{corpus.folder}/{MANIFEST}")
+    return manifest
+
+
+def _pack_all(store: Store, corpus: Corpus, pieces: list[Piece], facts: TokenizerFacts) -> list[PackedPiece]:
+    import ray.data
+
+    def pack(row: dict[str, Any]) -> dict[str, Any]:
+        limit_threads(1)
+        packed = pack_piece(store, corpus.folder, corpus.data, pieces[row["piece"]], facts)
+        return {"piece": row["piece"], "packed": packed.model_dump_json()}
+
+    quiet_ray_data()
+    items = [{"piece": piece.index} for piece in pieces]
+    rows = ray.data.from_items(items, override_num_blocks=len(items)).map(pack, num_cpus=1).take_all()
+    return [PackedPiece.model_validate_json(r["packed"]) for r in sorted(rows, key=lambda r: r["piece"])]
+
+
+@ray.remote(num_cpus=1)
+def _tokenizer_task(store: Store, corpus: Corpus, pieces: list[Piece]) -> TokenizerFacts:
+    key = f"{corpus.folder}/tokenizer"
+    if not store.exists(key):
+        with store.folder_for(key) as folder:
+            if corpus.teacher_tokenizer is not None:
+                shutil.copytree(corpus.teacher_tokenizer, folder, dirs_exist_ok=True)
+            else:
+                assert isinstance(corpus.data.tokenizer, TrainTokenizer)
+                train_tokenizer(corpus.data, corpus.data.tokenizer, pieces, folder)
+    return tokenizer_facts(store.path(key))

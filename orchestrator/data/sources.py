@@ -1,0 +1,196 @@
+"""Corpora as pieces: a piece is what one task reads, and the list of pieces depends on the corpus alone.
+
+How many workers there are never changes a piece, so the token shards are the same on a laptop and on a cluster.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import DataError
+from orchestrator.plan.order import shuffled
+from orchestrator.spec.data import Data, DatasetSource, JsonlSource, ParquetSource, Source, StdlibSource, TextSource
+
+PIECE_BYTES = 16 << 20
+PIECE_ROWS = 16_384
+
+Document = tuple[str, bytes]
+"""Name (file, or file and row) and UTF-8 text."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a corpus that one task turns into token shards."""
+
+    index: int
+    files: tuple[tuple[str, str], ...]
+    """(path, name) of each file."""
+    first: int = 0
+    """First byte (jsonl) or row (parquet, dataset) of the part, where a file is split."""
+    last: int = 0
+    """End of the part, exclusive."""
+
+
+def corpus_listing(source: Source) -> list[list[Any]]:
+    """What identifies the corpus before it is read: [name, bytes, mtime in ns] a file, or the data set's own fingerprint.
+
+    A touched file is read and tokenized again; identical tokens still meet the labels made for them.
+    """
+    if isinstance(source, DatasetSource):
+        return [[source.name, _dataset(source)._fingerprint]]
+    stats = [(name, Path(path).stat()) for path, name in _files(source)]
+    return [[name, s.st_size, s.st_mtime_ns] for name, s in stats]
+
+
+def list_pieces(data: Data) -> list[Piece]:
+    """Cut the corpus of `data` into pieces; raises `DataError` if there is nothing to read."""
+    source = data.source
+    if isinstance(source, DatasetSource):
+        rows = len(_dataset(source))
+        return [Piece(i, ((source.name, source.name),), a, b) for i, (a, b) in enumerate(_ranges(rows, PIECE_ROWS))]
+    files = _files(source)
+    if isinstance(source, StdlibSource | TextSource):
+        return _grouped(files, data.seed)
+    parts: list[tuple[tuple[str, str], int, int]] = []
+    for path, name in files:
+        size, step = (_parquet_rows(path), PIECE_ROWS) if isinstance(source, ParquetSource) else (Path(path).stat().st_size, PIECE_BYTES)
+        parts += [((path, name), a, b) for a, b in _ranges(size, step)]
+    return [Piece(i, (file,), a, b) for i, (file, a, b) in enumerate(parts)]
+
+
+def read_piece(source: Source, piece: Piece) -> Iterator[Document]:
+    """The documents of `piece`; raises `DataError` naming the file and row that cannot be used."""
+    return READERS[source.kind](source, piece)
+
+
+def _read_files(source: StdlibSource | TextSource, piece: Piece) -> Iterator[Document]:
+    for path, name in piece.files:
+        yield name, Path(path).read_bytes()
+
+
+def _read_jsonl(source: JsonlSource, piece: Piece) -> Iterator[Document]:
+    ((path, name),) = piece.files
+    with Path(path).open("rb") as file:
+        if piece.first:
+            file.seek(piece.first - 1)
+            file.readline()
+        while (start := file.tell()) < piece.last:
+            line = file.readline()
+            if not line.strip():
+                continue
+            where = f"{name} at byte {start}"
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where}: not a JSON line: {error}") from error
+            yield where, _text(value.get(source.field) if isinstance(value, dict) else None, where, source.field)
+
+
+def _read_parquet(source: ParquetSource, piece: Piece) -> Iterator[Document]:
+    import pyarrow.parquet as pq
+
+    ((path, name),) = piece.files
+    with _readable_parquet(path):
+        file = pq.ParquetFile(path)
+        if source.column not in file.schema_arrow.names:
+            raise DataError(f"{name}: no column {source.column!r}, there are {', '.join(file.schema_arrow.names)}")
+        batches = file.iter_batches(batch_size=1024, columns=[source.column])
+        values = (value for batch in batches for value in batch.column(0).to_pylist())
+        for row, value in enumerate(itertools.islice(values, piece.first, piece.last), piece.first):
+            where = f"{name} row {row}"
+            yield where, _text(value, where, source.column)
+
+
+def _read_dataset(source: DatasetSource, piece: Piece) -> Iterator[Document]:
+    data = _dataset(source)
+    if source.column not in data.column_names:
+        raise DataError(f"{source.name}: no column {source.column!r}, there are {', '.join(data.column_names)}")
+    for row in range(piece.first, piece.last):
+        where = f"{source.name} row {row}"
+        yield where, _text(data[row][source.column], where, source.column)
+
+
+READERS: dict[str, Callable[[Any, Piece], Iterator[Document]]] = {
+    "stdlib": _read_files,
+    "text": _read_files,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "dataset": _read_dataset,
+}
+
+
+def _files(source: Source) -> list[tuple[str, str]]:
+    """(path, name) of every file of a file-based source, sorted by name."""
+    if isinstance(source, StdlibSource):
+        root = Path(sysconfig.get_paths()["stdlib"])
+        left_out = {"site-packages", "test", "tests", "__pycache__", "lib2to3", "idlelib"}
+        found = [p for p in root.rglob("*.py") if not left_out.intersection(p.relative_to(root).parts)]
+        return sorted((str(p), str(p.relative_to(root))) for p in found)
+    assert not isinstance(source, DatasetSource)
+    paths: set[str] = set()
+    for pattern in source.paths:
+        matches = [p for p in glob.glob(str(Path(pattern).expanduser()), recursive=True) if Path(p).is_file()]
+        if not matches:
+            raise DataError(f"data.source.paths: no file matches {pattern}")
+        paths.update(matches)
+    return sorted((str(Path(p).absolute()), p) for p in paths)
+
+
+def _grouped(files: Sequence[tuple[str, str]], seed: int) -> list[Piece]:
+    """Whole files, spread at random over pieces of about `PIECE_BYTES`."""
+    groups: list[list[tuple[str, str]]] = [[]]
+    size = 0
+    for i in shuffled(len(files), seed):
+        if size >= PIECE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(files[int(i)])
+        size += Path(files[int(i)][0]).stat().st_size
+    return [Piece(i, tuple(group)) for i, group in enumerate(groups)]
+
+
+def _ranges(size: int, step: int) -> list[tuple[int, int]]:
+    return [(a, min(a + step, size)) for a in range(0, size, step)]
+
+
+def _text(value: Any, where: str, field: str) -> bytes:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {field!r} is {type(value).__name__}, not text")
+    return value.encode("utf-8", errors="surrogatepass")
+
+
+def _parquet_rows(path: str) -> int:
+    import pyarrow.parquet as pq
+
+    with _readable_parquet(path):
+        return pq.ParquetFile(path).metadata.num_rows
+
+
+@contextmanager
+def _readable_parquet(path: str) -> Iterator[None]:
+    """Turn a truncated or foreign file into a `DataError` that names it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _dataset(source: DatasetSource) -> Any:
+    import datasets
+
+    try:
+        if Path(source.name).is_dir() and (Path(source.name) / "state.json").exists():
+            return datasets.load_from_disk(source.name)
+        return datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
+    except Exception as error:
+        raise DataError(f"data.source.name: cannot load {source.name}: {error}") from error

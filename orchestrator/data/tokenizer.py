@@ -1,0 +1,86 @@
+"""The tokenizer of a run: trained on the corpus, or the teacher's own. Either way a folder with `tokenizer.json`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.data.sources import Piece, read_piece
+from orchestrator.errors import DataError
+from orchestrator.spec.data import Data, TrainTokenizer
+from orchestrator.store.files import sha256_of
+
+END_OF_TEXT = "<|endoftext|>"
+TRAINING_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What packing and the manifest need to know of a tokenizer folder."""
+
+    sha256: str
+    vocab_size: int
+    """Number of ids, special ones included."""
+    bos: int | None
+    """Id that the tokenizer itself puts before a text; None if it puts none."""
+    separator: int | None
+    """Id between two documents."""
+
+
+def train_tokenizer(data: Data, spec: TrainTokenizer, pieces: Sequence[Piece], folder: Path) -> None:
+    """Train a byte-level BPE on the first `TRAINING_BYTES` of the corpus and save it to `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec.vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(_sample(data, pieces), trainer)
+    if tokenizer.get_vocab_size() != spec.vocab_size:
+        raise DataError(
+            f"data.tokenizer.vocab_size: the corpus yields only {tokenizer.get_vocab_size()} entries, not {spec.vocab_size}"
+        )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    wrapped.save_pretrained(folder)
+
+
+def tokenizer_facts(folder: Path) -> TokenizerFacts:
+    """Facts of the tokenizer in `folder`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    first = tokenizer("a").input_ids[0]
+    return TokenizerFacts(
+        sha256=sha256_of(folder / "tokenizer.json"),
+        vocab_size=len(tokenizer),
+        bos=first if first == tokenizer.bos_token_id else None,
+        separator=tokenizer.eos_token_id,
+    )
+
+
+def decode_document(data: Data, name: str, raw: bytes) -> str | None:
+    """The text of a document, None if it is to be skipped; raises `DataError` naming the first bad byte."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if data.undecodable == "error":
+            raise DataError(f"{name}: not UTF-8 at byte {error.start} (data.undecodable: replace | skip)") from error
+        return raw.decode("utf-8", errors="replace") if data.undecodable == "replace" else None
+
+
+def _sample(data: Data, pieces: Sequence[Piece]) -> Iterator[str]:
+    documents = itertools.chain.from_iterable(read_piece(data.source, piece) for piece in pieces)
+    taken = 0
+    for name, raw in documents:
+        text = decode_document(data, name, raw)
+        if text:
+            yield text
+            taken += len(raw)
+        if taken >= TRAINING_BYTES:
+            return

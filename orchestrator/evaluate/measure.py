@@ -1,0 +1,145 @@
+"""Quality, agreement, calibration, speed and size of models on the same held-out windows."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ray
+import torch
+
+from orchestrator.errors import DataError
+from orchestrator.runtime.environment import limit_threads
+from orchestrator.store.files import Store
+from orchestrator.store.records import TokenManifest
+from orchestrator.store.shards import read_tokens
+
+ECE_BINS = 15
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure."""
+
+    folder: Path
+    dtype: Literal["bf16", "fp32"]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+
+
+@dataclass
+class _Sums:
+    """Totals over all positions of one model."""
+
+    positions: int = 0
+    ce: float = 0.0
+    correct: int = 0
+    kl: float = 0.0
+    agree: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.bins = torch.zeros(3, ECE_BINS, dtype=torch.float64)
+        """Per confidence bin: count, confidence, correct."""
+
+
+def measure(
+    store: Store, data_folder: str, manifest: TokenManifest, subjects: dict[str, Subject], rows: int, micro_batch: int, cpus: int
+) -> dict[str, dict[str, float]]:
+    """Figures of each subject by name, as report.json has them; KL and agreement are against `teacher`.
+
+    Raises `DataError` if a model's loss on the held-out windows is not finite.
+    """
+    task = _measure_task.options(num_cpus=cpus, num_gpus=1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0)
+    return ray.get(task.remote(store, data_folder, manifest, subjects, rows, micro_batch, cpus))
+
+
+@ray.remote
+def _measure_task(
+    store: Store, data_folder: str, manifest: TokenManifest, subjects: dict[str, Subject], rows: int, micro_batch: int, cpus: int
+) -> dict[str, dict[str, float]]:
+    from orchestrator.models.build import load_model
+
+    limit_threads(cpus)
+    torch.set_num_threads(cpus)
+    windows = heldout_windows(store, data_folder, manifest, rows)
+    models = {name: load_model(s.folder, s.dtype) for name, s in subjects.items()}
+    sums = {name: _Sums() for name in subjects}
+    for model in models.values():  # first calls build caches; they would distort the speed of whoever comes first
+        _log_probs(model, windows[:1])
+    for part in windows.split(micro_batch):
+        teacher: torch.Tensor | None = None
+        for name in sorted(models, key="teacher".__ne__):
+            started = time.perf_counter()
+            log_probs = _log_probs(models[name], part)
+            sums[name].seconds += time.perf_counter() - started
+            if name == "teacher":
+                teacher = log_probs
+            assert teacher is not None
+            _accumulate(sums[name], log_probs, teacher, part[:, 1:].flatten().to(log_probs.device))
+    return {name: _figures(name, sums[name], models[name], subjects[name]) for name in subjects}
+
+
+def heldout_windows(store: Store, data_folder: str, manifest: TokenManifest, rows: int) -> torch.Tensor:
+    """The first `rows` held-out windows: [rows, seq + 1]."""
+    found: list[torch.Tensor] = []
+    for record in manifest.heldout:
+        found.append(torch.from_numpy(read_tokens(store, f"{data_folder}/heldout", record).ids).long())
+        if sum(map(len, found)) >= rows:
+            break
+    return torch.cat(found)[:rows]
+
+
+@torch.inference_mode()
+def _log_probs(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """[rows * seq, vocab], fp32"""
+    logits = model(input_ids=windows[:, :-1].to(next(model.parameters()).device), use_cache=False).logits
+    return logits.flatten(0, 1).float().log_softmax(-1)
+
+
+def _accumulate(sums: _Sums, log_probs: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> None:
+    top, choice = log_probs.max(-1)
+    right = choice == target
+    sums.positions += len(target)
+    sums.ce -= float(log_probs.gather(1, target[:, None]).double().sum())
+    sums.correct += int(right.sum())
+    sums.kl += float((teacher.exp() * (teacher - log_probs)).sum(-1).double().sum())
+    sums.agree += int((choice == teacher.argmax(-1)).sum())
+    confidence = top.exp().double().cpu()
+    bin_of = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
+    for row, values in enumerate((torch.ones_like(confidence), confidence, right.double().cpu())):
+        sums.bins[row].index_add_(0, bin_of, values)
+
+
+def _figures(name: str, sums: _Sums, model: torch.nn.Module, subject: Subject) -> dict[str, float]:
+    ce = sums.ce / sums.positions
+    if not math.isfinite(ce):
+        raise DataError(f"{name}: the held-out cross entropy is not finite")
+    _, confidence, correct = sums.bins
+    params = sum(p.numel() for p in model.parameters())
+    figures: dict[str, float] = {
+        "params": params,
+        "active_params": params,
+        "heldout_ce_nats": ce,
+        "heldout_ppl": math.exp(ce),
+        "top1_accuracy": sums.correct / sums.positions,
+        "tokens_per_s": sums.positions / sums.seconds,
+        "size_bytes": subject.size_bytes,
+        "ece": float((confidence - correct).abs().sum()) / sums.positions,
+    }
+    if name != "teacher":
+        figures |= {"kl_to_teacher_nats": sums.kl / sums.positions, "top1_agreement": sums.agree / sums.positions}
+    return figures
+
+
+def gap_recovered(figures: dict[str, dict[str, float]]) -> float | None:
+    """Share of the way from the baseline to the teacher that the student has come, in cross entropy; None without one."""
+    if "baseline" not in figures:
+        return None
+    teacher, student, baseline = (figures[n]["heldout_ce_nats"] for n in ("teacher", "student", "baseline"))
+    return (baseline - student) / (baseline - teacher) if baseline != teacher else None

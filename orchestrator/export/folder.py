@@ -1,0 +1,61 @@
+"""Export: the student as a Hugging Face folder with a model card."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import EnvironmentFault
+
+
+def export_model(model: Path, target: Path, report: dict[str, Any]) -> Path:
+    """Copy the model folder to `target` with a card made of `report`; replaces an earlier export only when complete.
+
+    Raises `EnvironmentFault` if `target` cannot be written or holds something that is no model.
+    """
+    if target.is_symlink() or (target.exists() and not (target / "config.json").is_file()):
+        raise EnvironmentFault(f"export.directory: {target} exists and is not a model folder; it is left alone")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.parent / f".tmp-{uuid.uuid4().hex[:12]}"
+        shutil.copytree(model, partial)
+        (partial / "README.md").write_text(model_card(report))
+        if target.exists():
+            shutil.rmtree(target)
+        partial.replace(target)
+    except OSError as error:
+        raise EnvironmentFault(f"export.directory: {target}: {error.strerror or error}") from error
+    return target
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """Markdown card: what was distilled from what, and what was measured."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [distillation]",
+        "---",
+        "",
+        f"# {report['name']}",
+        "",
+        f"A student distilled from `{report['labels']['kind']}` soft labels of a teacher with "
+        f"{report['teacher']['params']:,} parameters, seed {report['seed']}.",
+        "",
+        "| model | parameters | held-out CE (nats) | perplexity | top-1 accuracy |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in ("teacher", "student", "baseline"):
+        figures = report.get(name)
+        if figures:
+            lines.append(
+                f"| {name} | {figures['params']:,} | {figures['heldout_ce_nats']:.4f} | "
+                f"{figures['heldout_ppl']:.2f} | {figures['top1_accuracy']:.4f} |"
+            )
+    gap = report["gap_recovered"]
+    if gap is not None:
+        lines += ["", f"The student closes {gap:.1%} of the gap between the same model trained on hard labels and the teacher."]
+    lines += ["", "```python", "from transformers import AutoModelForCausalLM", 'model = AutoModelForCausalLM.from_pretrained(".")', "```"]
+    return "\n".join(lines) + "\n"

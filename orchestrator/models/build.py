@@ -1,0 +1,58 @@
+"""Models from configurations and from folders; transformers holds the architectures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from orchestrator.errors import SpecError
+from orchestrator.spec.model import Model
+
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def model_config(model: Model, vocab_size: int, section: str) -> PreTrainedConfig:
+    """The transformers configuration of `model`; `section` names it in errors.
+
+    Raises `SpecError` for an unknown type, an unknown configuration key (which transformers would take silently), a
+    vocabulary other than `vocab_size`, and whatever the configuration class itself refuses.
+    """
+    try:
+        known = set(AutoConfig.for_model(model.type).to_dict())
+    except (ValueError, KeyError) as error:
+        raise SpecError(f"{section}.model.type: transformers knows no {model.type!r}") from error
+    for key in model.config:
+        if key not in known:
+            raise SpecError(f"{section}.model.config.{key}: not a configuration value of {model.type!r}")
+    asked = model.config.get("vocab_size", vocab_size)
+    if asked != vocab_size:
+        raise SpecError(f"{section}.model.config.vocab_size: {asked}, but the teacher's vocabulary has {vocab_size} ids")
+    values: dict[str, Any] = {**model.config, "vocab_size": vocab_size}
+    try:
+        return AutoConfig.for_model(model.type, **values)
+    except (ValueError, TypeError) as error:
+        raise SpecError(f"{section}.model.config: {error}") from error
+
+
+def build_model(model: Model, vocab_size: int, seed: int, section: str) -> PreTrainedModel:
+    """A freshly initialised causal LM in fp32; the same `seed` gives the same weights on every machine."""
+    config = model_config(model, vocab_size, section)
+    config.use_cache = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def load_model(folder: Path, dtype: Literal["bf16", "fp32"]) -> PreTrainedModel:
+    """The causal LM in `folder`, from safetensors only, ready for inference on the best device there is."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, local_files_only=True
+    )
+    return model.eval().to(device())
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,32 @@
+"""The story of a run: text becomes tokens, a teacher labels them, and a student learns from the labels as they come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator import outcome, steps
+from orchestrator.display import Display
+from orchestrator.plan.make import Plan
+from orchestrator.run import open_run
+
+
+def run(plan: Plan, display: Display | None = None) -> dict[str, Any]:
+    """Run `plan` to its end, or continue where an earlier run of it stopped; returns the report (report.json).
+
+    Every stage whose result is in the storage already is reused. Raises a `DistillError` for whatever a user can mend;
+    what has been committed by then stays, and running again goes on from there.
+    """
+    steps.check_models(plan.job)
+    with open_run(plan, display or Display()) as run:
+        teacher = steps.fetch_teacher(run)
+        tokens = steps.tokenize(run, teacher)
+        teacher = teacher or steps.pretrain_teacher(run, tokens)
+        labelling = steps.open_labels(run, tokens, teacher)
+        with steps.side_by_side(run) as work:
+            labels = work.start(steps.label, run, tokens, teacher, labelling)
+            student = work.start(steps.train_student, run, tokens, labelling)
+            baseline = work.start(steps.train_baseline, run, tokens, labelling, after=labels)
+        figures = outcome.evaluate(run, tokens, teacher, student.result(), baseline.result())
+        report = outcome.compose(run, tokens, labels.result(), student.result(), figures)
+        outcome.export(run, student.result(), report)
+        return outcome.write_report(run, report)

@@ -1,0 +1,53 @@
+"""A plan in words and as data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from orchestrator.plan.make import Plan, Training
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON-ready data; `plan.json` of a run."""
+    return {
+        "job": plan.job.model_dump(mode="json"),
+        "run_directory": str(plan.storage / plan.run_key),
+        "stages": [asdict(stage) for stage in plan.stages],
+        "student": asdict(plan.student),
+        "teacher": asdict(plan.teacher) if plan.teacher else None,
+        "label_rows": plan.label_rows,
+        "label_bytes_at_most": plan.label_bytes_at_most,
+        "cpu_slots": plan.cpu_slots,
+    }
+
+
+def explain(plan: Plan) -> str:
+    """The plan for a person."""
+    lines = [f"{plan.job.name}: {plan.storage / plan.run_key}", "", "stages"]
+    for stage in plan.stages:
+        needs = f"{stage.cpus:g} CPU" + (f" {stage.gpus:g} GPU" if stage.gpus else "") if stage.cpus or stage.gpus else "driver"
+        lines.append(f"  {stage.name:<9} {needs:<14} {stage.what}")
+    if plan.teacher:
+        lines += ["", "teacher, trained here", *_training_lines(plan.teacher)]
+    lines += ["", "student", *_training_lines(plan.student)]
+    size = plan.label_bytes_at_most / 2**20
+    lines += ["", f"labels: {plan.label_rows:,} rows, {plan.job.labels.kind}, at most {size:,.0f} MiB"]
+    lines += ["", "deepspeed", json.dumps(plan.student.deepspeed, indent=2)]
+    return "\n".join(lines)
+
+
+def _training_lines(training: Training) -> list[str]:
+    b = training.batch
+    algebra = f"  batch     {b.global_rows} rows = {b.workers} workers x {b.accumulation} accumulation x {b.micro_rows} rows"
+    if training.memory is None:
+        return ["  params    known once the teacher's vocabulary is", algebra]
+    m = training.memory
+    parts = [("weights", m.weights), ("gradients", m.gradients), ("optimizer", m.optimizer), ("logits", m.logits)]
+    listed = " + ".join(f"{name} {value / 2**20:.0f}" for name, value in parts)
+    return [
+        f"  params    {training.params:,}",
+        algebra,
+        f"  memory    {m.total / 2**20:,.0f} MiB a worker: {listed} (without activations)",
+    ]

@@ -1,0 +1,122 @@
+"""The plan: what a job will do, computed before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.plan.batch import Batch
+from orchestrator.plan.deepspeed_config import deepspeed_config
+from orchestrator.plan.memory import WorkerMemory, label_bytes_per_token, parameter_count, worker_memory
+from orchestrator.spec.data import TrainTokenizer
+from orchestrator.spec.job import Job
+from orchestrator.spec.model import Model, PretrainTeacher
+from orchestrator.spec.train import Train
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model that will be trained."""
+
+    params: int | None
+    """None if it depends on what is not known before the run."""
+    batch: Batch
+    memory: WorkerMemory | None
+    deepspeed: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the run and the resources it asks Ray for."""
+
+    name: str
+    what: str
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    job: Job
+    stages: tuple[Stage, ...]
+    student: Training
+    teacher: Training | None
+    label_rows: int
+    """Rows the student reads, repeats included; each distinct one is labelled once."""
+    label_bytes_at_most: int
+    cpu_slots: int
+    """CPU slots of a local Ray."""
+
+    @property
+    def run_key(self) -> str:
+        return f"runs/{self.job.name}"
+
+    @property
+    def storage(self) -> Path:
+        return Path(self.job.storage).expanduser()
+
+
+def make_plan(job: Job) -> Plan:
+    """The plan of `job`. Pure; needs no cluster, no storage and no model library."""
+    vocab = vocabulary(job)
+    label_rows = job.train.steps * job.train.global_batch
+    per_token = label_bytes_per_token(job.labels, vocab or 1 << 17)
+    stages = _stages(job)
+    slots = job.cluster.num_cpus or max(os.cpu_count() or 1, _concurrent_cpus(job))
+    return Plan(
+        job=job,
+        stages=stages,
+        student=_training(job.student.model, job.train, job.data.seq_len, vocab),
+        teacher=_training(job.teacher.model, job.teacher.train, job.data.seq_len, vocab)
+        if isinstance(job.teacher, PretrainTeacher)
+        else None,
+        label_rows=label_rows,
+        label_bytes_at_most=int(per_token * label_rows * job.data.seq_len),
+        cpu_slots=slots,
+    )
+
+
+def vocabulary(job: Job) -> int | None:
+    """Ids in the vocabulary; None if only the teacher's folder knows."""
+    if isinstance(job.data.tokenizer, TrainTokenizer):
+        return job.data.tokenizer.vocab_size
+    asked = job.student.model.config.get("vocab_size")
+    return asked if isinstance(asked, int) else None
+
+
+def _training(model: Model, train: Train, seq_len: int, vocab: int | None) -> Training:
+    params = parameter_count(model, vocab) if vocab else None
+    memory = worker_memory(params, train, seq_len, vocab) if params and vocab else None
+    return Training(params, Batch.of(train), memory, deepspeed_config(train))
+
+
+def _stages(job: Job) -> tuple[Stage, ...]:
+    teacher, train = job.teacher, job.train
+    stages = [Stage("data", f"{job.data.source.kind} text to windows of {job.data.seq_len} tokens", 1, 0)]
+    if isinstance(teacher, PretrainTeacher):
+        own = teacher.train
+        stages.append(Stage("teacher", f"train from scratch, {own.steps} steps", own.workers * own.cpus_per_worker, own.workers * own.gpus_per_worker))
+    else:
+        stages.insert(0, Stage("teacher", f"fetch and hash ({teacher.kind})", 0, 0))
+    replicas = teacher.replicas.min
+    stages += [
+        Stage("labels", f"{job.labels.kind}, by {replicas} to {teacher.replicas.max} teacher actors", replicas * teacher.cpus_per_replica, replicas * teacher.gpus_per_replica),
+        Stage("student", f"{train.steps} steps, following the labels as they are written", train.workers * train.cpus_per_worker, train.workers * train.gpus_per_worker),
+    ]
+    if job.evaluate.baseline:
+        stages.append(Stage("baseline", "the same student on hard labels alone", train.workers * train.cpus_per_worker, train.workers * train.gpus_per_worker))
+    stages.append(Stage("evaluate", f"up to {job.evaluate.rows} held-out windows", 1, 0))
+    stages.append(Stage("export", "Hugging Face folder", 0, 0))
+    stages.append(Stage("report", "report.html, report.json, summary.md", 0, 0))
+    return tuple(stages)
+
+
+def _concurrent_cpus(job: Job) -> int:
+    """CPU slots that labelling and training need side by side."""
+    side_by_side = job.teacher.replicas.min * job.teacher.cpus_per_replica + job.train.workers * job.train.cpus_per_worker
+    alone = 0.0
+    if isinstance(job.teacher, PretrainTeacher):
+        alone = job.teacher.train.workers * job.teacher.train.cpus_per_worker
+    return int(-(-max(side_by_side, alone) // 1))

@@ -1,0 +1,66 @@
+"""Sizes that can be known from the job file alone: parameters, memory per worker, label bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.plan.batch import Batch
+from orchestrator.spec.distill import Labels, SampledLabels
+from orchestrator.spec.model import Model
+from orchestrator.spec.train import Train
+
+DENSE_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+
+
+def parameter_count(model: Model, vocab_size: int) -> int | None:
+    """Parameters of a dense decoder built from `model`; None for a type or configuration this formula does not know."""
+    c: dict[str, Any] = dict(model.config)
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if model.type not in DENSE_DECODERS or not all(isinstance(c.get(k), int) for k in needed):
+        return None
+    d, ffn, layers, heads = (int(c[k]) for k in needed)
+    kv_heads = int(c.get("num_key_value_heads") or heads)
+    head_dim = int(c.get("head_dim") or d // heads)
+    q_norms = 2 * head_dim if model.type in ("qwen3", "gemma3_text") else 0
+    attention = 2 * d * heads * head_dim + 2 * d * kv_heads * head_dim + q_norms
+    if model.type == "qwen2":
+        attention += (heads + 2 * kv_heads) * head_dim
+    norms = 4 * d if model.type == "gemma3_text" else 2 * d
+    tied = bool(c.get("tie_word_embeddings", model.type == "gemma3_text"))
+    return vocab_size * d * (1 if tied else 2) + layers * (attention + 3 * d * ffn + norms) + d
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Bytes one training worker holds, by what for."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.logits
+
+
+def worker_memory(params: int, train: Train, seq_len: int, vocab_size: int) -> WorkerMemory:
+    """Model states by ZeRO stage (Rajbhandari et al. 2020) and the fp32 logits with their gradient."""
+    stage, workers = train.parallel.stage, train.workers
+    width = 2 if train.precision == "bf16" else 4
+    master = 4 if train.precision == "bf16" else 0
+    return WorkerMemory(
+        weights=params * width // (workers if stage >= 3 else 1),
+        gradients=params * 4 // (workers if stage >= 2 else 1),
+        optimizer=params * (8 + master) // (workers if stage >= 1 else 1),
+        logits=3 * 4 * Batch.of(train).micro_rows * seq_len * vocab_size,
+    )
+
+
+def label_bytes_per_token(labels: Labels, vocab_size: int) -> float:
+    """Upper bound of what one position takes before compression."""
+    id_bytes = 2 if vocab_size <= 1 << 16 else 3
+    if isinstance(labels, SampledLabels):
+        return len(labels.temperatures) * (1 + labels.samples * (id_bytes + 1))
+    return labels.k * (id_bytes + 2) + len(labels.temperatures) * 8

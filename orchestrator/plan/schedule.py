@@ -1,0 +1,18 @@
+"""The learning rate as a pure function of the step: nothing to checkpoint, nothing to drift."""
+
+from __future__ import annotations
+
+import math
+
+from orchestrator.spec.train import Train
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """Learning rate of optimizer step `step` (0-based): linear warm-up, then the schedule down to the final share."""
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return train.learning_rate
+    done = (step - train.warmup_steps) / max(1, train.steps - 1 - train.warmup_steps)
+    falling = 1 - done if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return train.learning_rate * (train.final_lr_fraction + (1 - train.final_lr_fraction) * falling)

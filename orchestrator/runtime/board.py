@@ -1,0 +1,55 @@
+"""The board: where the processes of a run tell each other how far they are.
+
+One small actor beside the driver. Workers put up points (metrics by step) and progress; the driver takes them down for
+display and tracking. Nothing durable lives here: what must survive is in the storage.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+
+Point = dict[str, Any]
+"""{"stage", "step", "time_s", "metrics"}"""
+
+STUDENT_SHARDS = "shards_started"
+"""Progress `<stage>.shards_started`: token shards that training has begun to read, in its order."""
+FIRST_STEP = "first_step_time_s"
+"""Progress `<stage>.first_step_time_s`: wall-clock time at which training had made its first optimizer step."""
+
+
+class Board:
+    def __init__(self) -> None:
+        self._points: list[Point] = []
+        self._progress: dict[str, float] = {}
+        self._aborted: str | None = None
+
+    def post(self, stage: str, points: list[tuple[int, dict[str, float]]]) -> None:
+        """Put up metrics of `stage`: (step, value by name), oldest first."""
+        now = time.time()
+        self._points += [{"stage": stage, "step": step, "time_s": now, "metrics": metrics} for step, metrics in points]
+
+    def take(self) -> list[Point]:
+        """Remove and return all points, oldest first."""
+        points, self._points = self._points, []
+        return points
+
+    def set_progress(self, name: str, value: float) -> None:
+        self._progress[name] = value
+
+    def progress(self) -> dict[str, float]:
+        return self._progress
+
+    def abort(self, reason: str) -> None:
+        """Tell every process that waits for another that it waits in vain."""
+        self._aborted = self._aborted or reason
+
+    def aborted(self) -> str | None:
+        return self._aborted
+
+
+def start_board() -> Any:
+    """A handle to a new board; costs no resources."""
+    return ray.remote(num_cpus=0, max_concurrency=1)(Board).remote()

@@ -1,0 +1,85 @@
+"""Where the text comes from and how it becomes training windows."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.spec.base import Spec
+
+Paths = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class StdlibSource(Spec):
+    """The source files of the Python standard library: real text that every user has."""
+
+    kind: Literal["stdlib"] = "stdlib"
+
+
+class TextSource(Spec):
+    """UTF-8 text files, one document a file."""
+
+    kind: Literal["text"]
+    paths: Paths
+    """Files or globs (`**` allowed)."""
+
+
+class JsonlSource(Spec):
+    """JSON lines, one document a line."""
+
+    kind: Literal["jsonl"]
+    paths: Paths
+    field: str = "text"
+
+
+class ParquetSource(Spec):
+    """Parquet files, one document a row."""
+
+    kind: Literal["parquet"]
+    paths: Paths
+    column: str = "text"
+
+
+class DatasetSource(Spec):
+    """A `datasets` name, or a folder that `datasets.load_dataset` or `load_from_disk` understands."""
+
+    kind: Literal["dataset"]
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    column: str = "text"
+    revision: str | None = None
+
+
+Source = Annotated[StdlibSource | TextSource | JsonlSource | ParquetSource | DatasetSource, Field(discriminator="kind")]
+
+
+class TrainTokenizer(Spec):
+    """Train a byte-level BPE on the corpus itself; for teachers that are trained from scratch."""
+
+    kind: Literal["train"] = "train"
+    vocab_size: int = Field(default=4096, ge=300, le=1_000_000)
+
+
+class TeacherTokenizer(Spec):
+    """The teacher's own tokenizer; the only sound choice for a teacher that already exists."""
+
+    kind: Literal["teacher"]
+
+
+Tokenizer = Annotated[TrainTokenizer | TeacherTokenizer, Field(discriminator="kind")]
+
+
+class Data(Spec):
+    source: Source = StdlibSource()
+    tokenizer: Tokenizer = TrainTokenizer()
+    seq_len: int = Field(default=256, ge=8, le=1_048_576)
+    """Positions with a target in one training window; a row holds seq_len + 1 ids."""
+    rows_per_shard: int = Field(default=64, ge=1, le=1_000_000)
+    heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the documents kept out of training for evaluation."""
+    undecodable: Literal["error", "replace", "skip"] = "error"
+    """What to do with a document that is not UTF-8."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides the held-out split and the shuffle into shards; the job's seed does not touch the tokens."""

@@ -1,0 +1,76 @@
+"""The root of a job file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from orchestrator.spec.base import Spec
+from orchestrator.spec.data import Data, TeacherTokenizer
+from orchestrator.spec.distill import Labels, Objective, SampledLabels
+from orchestrator.spec.model import ConfigStudent, PretrainTeacher, Student, Teacher
+from orchestrator.spec.train import Train
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+
+
+class Evaluate(Spec):
+    rows: int = Field(default=128, ge=1)
+    """Held-out windows to measure on, at most."""
+    baseline: bool = True
+    """Also train the same student on hard labels alone; without it "distillation worked" is no statement."""
+    micro_batch: int = Field(default=8, ge=1)
+
+
+class Export(Spec):
+    directory: str | None = None
+    """Where the Hugging Face folder goes; null: `export` in the run directory."""
+
+
+class Tracking(Spec):
+    enabled: bool = True
+    uri: str | None = None
+    """MLflow tracking URI; null: $MLFLOW_TRACKING_URI, else an SQLite file in the storage."""
+    experiment: str = Field(default="distill", min_length=1, max_length=250)
+
+
+class Cluster(Spec):
+    address: str = "local"
+    """`local` starts Ray on this machine; `auto` or `host:port` joins a running cluster."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """CPU slots of a local Ray; null: the machine's cores, or what the job needs if that is more."""
+    dashboard: bool = False
+    """Start Ray's dashboard with a local Ray (needs `ray[default]`)."""
+
+
+class Job(Spec):
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Student initialisation and training order."""
+    storage: str = Field(default="./distill-store", min_length=1)
+    data: Data = Data()
+    teacher: Teacher = PretrainTeacher()
+    labels: Labels = SampledLabels()
+    student: Student = ConfigStudent()
+    objective: Objective = Objective()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    tracking: Tracking = Tracking()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _temperature_is_labelled(self) -> Job:
+        if self.objective.temperature not in self.labels.temperatures:
+            listed = ", ".join(str(t) for t in self.labels.temperatures)
+            raise ValueError(f"objective.temperature {self.objective.temperature} is not in labels.temperatures [{listed}]")
+        return self
+
+    @model_validator(mode="after")
+    def _tokenizer_fits_teacher(self) -> Job:
+        own = isinstance(self.data.tokenizer, TeacherTokenizer)
+        if isinstance(self.teacher, PretrainTeacher) == own:
+            want = "train" if own else "teacher"
+            raise ValueError(f"data.tokenizer.kind must be '{want}' when teacher.kind is '{self.teacher.kind}'")
+        return self

@@ -1,0 +1,262 @@
+"""The steps of a run: each takes what the ones before it left, asks one stage for its work, and keeps the books."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any
+
+from orchestrator.data.prepare import identify_corpus, prepare_tokens, prepared_tokens
+from orchestrator.errors import SpecError
+from orchestrator.plan.fingerprint import fingerprint
+from orchestrator.run import Run
+from orchestrator.runtime.session import check_resources
+from orchestrator.spec.job import Job
+from orchestrator.spec.model import PretrainTeacher
+from orchestrator.store.label_log import LabelLog, Ledger, Seal
+from orchestrator.store.records import ModelFolder, TokenManifest, finished_model
+from orchestrator.student.job import Soft, TrainingJob
+from orchestrator.tracking import names
+
+ABORT_GRACE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token shards, and where they lie."""
+
+    folder: str
+    manifest: TokenManifest
+
+    @property
+    def tokenizer(self) -> str:
+        return f"{self.folder}/tokenizer"
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """The label log and what training demands of it."""
+
+    log: LabelLog
+    student: TrainingJob
+    demand: list[int]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A demand that is met."""
+
+    seal: Seal
+    ledger: Ledger
+    reused_shards: int
+    tokens_per_s: float | None
+    """Of all teacher actors together; None if nothing was left to label."""
+    blocked_fraction: float | None
+    """Share of the teacher's time spent waiting for the student."""
+
+
+def check_models(job: Job) -> None:
+    """Raise `SpecError` for a model section that transformers would not build, before anything costs time."""
+    from orchestrator.models.build import model_config
+
+    vocabulary = job.student.model.config.get("vocab_size", 1 << 15)
+    model_config(job.student.model, vocabulary if isinstance(vocabulary, int) else 0, "student")
+    if isinstance(job.teacher, PretrainTeacher):
+        vocabulary = job.teacher.model.config.get("vocab_size", 1 << 15)
+        model_config(job.teacher.model, vocabulary if isinstance(vocabulary, int) else 0, "teacher")
+
+
+def fetch_teacher(run: Run) -> ModelFolder | None:
+    """A teacher that exists already; None if it is to be trained here."""
+    spec = run.job.teacher
+    if isinstance(spec, PretrainTeacher):
+        return None
+    from orchestrator.teacher.fetch import fetch_teacher
+
+    with run.stage("teacher", fingerprint("teacher", spec)) as stage:
+        teacher = fetch_teacher(run.store, spec)
+        stage.figures["size_bytes"] = sum(f.bytes for f in teacher.manifest.files.values())
+    return teacher
+
+
+def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:
+    """Token shards of the corpus, in the teacher's tokenizer if there is a teacher."""
+    identity = "" if teacher is None else teacher.manifest.files["tokenizer.json"].sha256
+    corpus = identify_corpus(run.job.data, None if teacher is None else teacher.path, identity)
+    source = run.job.data.source
+    lineage = {"name": source.kind, "digest": corpus.key, "source": source.model_dump_json()}
+    with run.stage("data", corpus.key, {"data": run.job.data}, lineage) as stage:
+        manifest = prepared_tokens(run.store, corpus)
+        if manifest is None:
+            manifest = prepare_tokens(run.store, corpus)
+        else:
+            stage.reuse()
+        stage.figures |= {"documents": manifest.documents, "rows": sum(manifest.shard_rows)}
+    return Tokens(corpus.folder, manifest)
+
+
+def pretrain_teacher(run: Run, tokens: Tokens) -> ModelFolder:
+    """Train the teacher here: a distillation run without a teacher."""
+    spec = run.job.teacher
+    assert isinstance(spec, PretrainTeacher)
+    job = TrainingJob(
+        "teacher", spec.model, tokens.manifest.vocab_size, spec.train, spec.seed, tokens.folder, tokens.manifest, soft=None
+    )
+    return _train(run, tokens, job)
+
+
+def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder) -> Labelling:
+    """The log that holds exactly this teacher's labels of these tokens, and the demand of this student on it."""
+    job, vocab = run.job, teacher.manifest.vocab_size
+    asked = job.student.model.config.get("vocab_size", vocab)
+    if asked != vocab:
+        raise SpecError(f"student.model.config.vocab_size: {asked}, but the teacher's vocabulary has {vocab} ids")
+    labels = job.labels.model_dump(mode="json", exclude={"run_ahead"})
+    teacher_identity = {"content": teacher.manifest.content, "dtype": job.teacher.dtype}
+    log = LabelLog.open(run.store, {"teacher": teacher_identity, "tokens": tokens.manifest.content, "labels": labels})
+    student = TrainingJob(
+        "student",
+        job.student.model,
+        vocab,
+        job.train,
+        job.seed,
+        tokens.folder,
+        tokens.manifest,
+        Soft(log.key, job.labels, job.objective),
+    )
+    return Labelling(log, student, student.demanded_shards())
+
+
+def label(run: Run, tokens: Tokens, teacher: ModelFolder, labelling: Labelling) -> Labelled:
+    """Have the teacher pool label what is demanded and not yet in the log; seal the demand."""
+    log, demand = labelling.log, labelling.demand
+    lineage = {"name": "tokens", "digest": tokens.manifest.content, "source": tokens.folder}
+    with run.stage("labels", log.key, {"labels": run.job.labels}, lineage) as stage:
+        missing = log.missing(demand)
+        run.display.expect("labels", len(demand))
+        speed = blocked = None
+        if missing:
+            speed, blocked = _label_missing(run, tokens, teacher, labelling, missing)
+        else:
+            stage.reuse()
+        seal, ledger = log.seal(demand, tokens.manifest)
+        stage.figures |= {"rows": seal.rows, "bytes": seal.bytes, "reused_shards": len(demand) - len(missing)}
+    return Labelled(seal, ledger, len(demand) - len(missing), speed, blocked)
+
+
+def _label_missing(
+    run: Run, tokens: Tokens, teacher: ModelFolder, labelling: Labelling, missing: list[int]
+) -> tuple[float, float]:
+    """Tokens per second of the pool, and the share of its time in which it waited for the student."""
+    from orchestrator.teacher.labeller import Labelling as Work
+    from orchestrator.teacher.pool import label_shards
+
+    spec = run.job.teacher
+    position = {shard: i for i, shard in enumerate(labelling.demand)}
+    work = Work(
+        store=run.store,
+        data_folder=tokens.folder,
+        manifest=tokens.manifest,
+        model=teacher.path,
+        vocab_size=teacher.manifest.vocab_size,
+        dtype=spec.dtype,
+        labels=run.job.labels,
+        log_key=labelling.log.key,
+        micro_batch=spec.micro_batch,
+        threads=max(1, int(spec.cpus_per_replica)),
+        board=run.board,
+    )
+    done = len(labelling.demand) - len(missing)
+    if done:
+        run.display.say(f"labels: resuming, {done}/{len(labelling.demand)} shards done")
+    rows = size = 0
+    busy = blocked = 0.0
+    began = None
+    seq_len = tokens.manifest.seq_len
+    shards = [(shard, position[shard]) for shard in missing]
+    for receipt in label_shards(work, shards, spec.replicas, spec.cpus_per_replica, spec.gpus_per_replica):
+        began = began or time.time() - receipt["seconds"]
+        done, rows, size = done + 1, rows + receipt["rows"], size + receipt["bytes"]
+        busy, blocked = busy + receipt["seconds"], blocked + receipt["blocked_s"]
+        figures = {
+            names.SHARDS_COMMITTED: done,
+            names.LABEL_TOKENS_PER_S: rows * seq_len / (time.time() - began),
+            names.BYTES_PER_TOKEN: size / (rows * seq_len),
+            names.BLOCKED_FRACTION: blocked / (busy + blocked),
+        }
+        run.record("labels", labelling.log.key, done, figures)
+    assert began is not None
+    return rows * seq_len / (time.time() - began), blocked / (busy + blocked)
+
+
+def train_student(run: Run, tokens: Tokens, labelling: Labelling) -> ModelFolder:
+    """Train the student on the label log while it is being written."""
+    return _train(run, tokens, labelling.student)
+
+
+def train_baseline(run: Run, tokens: Tokens, labelling: Labelling) -> ModelFolder | None:
+    """Train the same student, from the same weights on the same rows, on hard labels alone."""
+    if not run.job.evaluate.baseline:
+        return None
+    s = labelling.student
+    job = TrainingJob("baseline", s.model, s.vocab_size, s.train, s.seed, s.data_folder, s.manifest, soft=None)
+    return _train(run, tokens, job)
+
+
+def _train(run: Run, tokens: Tokens, job: TrainingJob) -> ModelFolder:
+    with run.stage(job.stage, job.key, {"model": job.model, "train": job.train, "seed": job.seed}) as stage:
+        model = finished_model(run.store, job.folder)
+        if model is not None:
+            stage.reuse()
+        else:
+            from orchestrator.student.launch import train_model
+
+            model = train_model(run.store, job, run.board, tokens.tokenizer, run.display.say)
+        stage.figures |= model.manifest.training
+    return model
+
+
+class SideBySide:
+    """Steps that run at the same time, each in a thread of the driver that only waits for Ray."""
+
+    def __init__(self) -> None:
+        self.futures: list[Future[Any]] = []
+
+    def start(self, step: Callable[..., Any], *args: Any, after: Future[Any] | None = None) -> Future[Any]:
+        """Start `step(*args)`, once `after` has ended well; a step after a failed one is not started."""
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                if after is not None:
+                    after.result()
+                future.set_result(step(*args))
+            except BaseException as error:
+                future.set_exception(error)
+
+        Thread(target=work, name=step.__name__, daemon=True).start()
+        self.futures.append(future)
+        return future
+
+
+@contextmanager
+def side_by_side(run: Run) -> Iterator[SideBySide]:
+    """Wait for all steps started inside; if one fails, tell the others that they wait in vain and raise its error."""
+    spec, train = run.job.teacher, run.job.train
+    cpus = spec.replicas.min * spec.cpus_per_replica + train.workers * train.cpus_per_worker
+    gpus = spec.replicas.min * spec.gpus_per_replica + train.workers * train.gpus_per_worker
+    check_resources({"CPU": cpus, "GPU": gpus}, "teacher pool and student")
+    work = SideBySide()
+    yield work
+    ended, _ = wait(work.futures, return_when=FIRST_EXCEPTION)
+    failures = [f for f in ended if f.exception() is not None]
+    if failures:
+        cause = failures[0].exception()
+        assert cause is not None
+        run.board.abort.remote(str(cause))
+        wait(work.futures, timeout=ABORT_GRACE_S)
+        raise cause

@@ -1,0 +1,178 @@
+"""The label log: what a teacher said, kept shard by shard, never lost, never doubled, never stale.
+
+    labels/<key>/key.json               everything the key was made of
+                 data/<shard>-<hash>.parquet
+                 commits/<shard>.json   put-if-absent: the one commit point of a shard, the first writer wins
+                 seals/<demand>.json    totals over a demanded set of shards, once all are committed
+
+Writers never wait for each other and followers never list: a shard is there when its commit record is. Row i of label
+shard s belongs to row i of token shard s; `ids_sha256` proves it on every read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestrator.errors import DataError, IntegrityError
+from orchestrator.plan.fingerprint import fingerprint
+from orchestrator.store.files import Store
+from orchestrator.store.records import Record, ShardRecord, TokenManifest
+from orchestrator.store.shards import ROW_ID_BYTES, TokenShard, get_shard, put_shard
+
+LABEL_SCHEMA_VERSION = 1
+_IDENTITY = ("row_id", "ids_sha256")
+
+
+class Seal(Record):
+    """Totals of a complete demand on the log."""
+
+    key: str
+    shards: int
+    rows: int
+    bytes: int
+    content: str
+    """Hex identity over the hashes of all shards."""
+
+
+class Ledger(Record):
+    """What was asked for against what is there; every figure counts rows."""
+
+    planned: int
+    committed: int
+    quarantined: int
+    duplicates: int
+
+    @property
+    def balanced(self) -> bool:
+        return self.planned == self.committed + self.quarantined and self.duplicates == 0
+
+
+class LabelLog:
+    """One teacher's labels of one token manifest, under one labelling."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self.store = store
+        self.key = key
+        self.folder = f"labels/{key}"
+
+    @classmethod
+    def open(cls, store: Store, identity: dict[str, Any]) -> LabelLog:
+        """The log whose key is the hash of `identity`, created if it is new."""
+        log = cls(store, fingerprint("labels", LABEL_SCHEMA_VERSION, identity))
+        if not store.exists(f"{log.folder}/key.json"):
+            document = {"schema_version": LABEL_SCHEMA_VERSION, **identity}
+            store.put_if_absent(f"{log.folder}/key.json", _pretty(document))
+        return log
+
+    def identity(self) -> dict[str, Any]:
+        """What the key was made of; raises `IntegrityError` for a folder that is no log or of another schema."""
+        document = self.store.read_json(f"{self.folder}/key.json")
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if version != LABEL_SCHEMA_VERSION:
+            raise IntegrityError(f"{self.store.path(self.folder)}: not a label log of schema version {LABEL_SCHEMA_VERSION}")
+        return document
+
+    def commit(self, shard: int, tokens: TokenShard, labels: dict[str, list[bytes]]) -> ShardRecord:
+        """Commit the labels of token shard `shard`: one bytes value per row and column.
+
+        Returns the record that stands afterwards, this writer's or that of an earlier one.
+        Raises `DataError` if a column does not have one value per row.
+        """
+        for column, values in labels.items():
+            if len(values) != len(tokens.row_ids):
+                raise DataError(f"labels of shard {shard}: {len(values)} rows of {column} for {len(tokens.row_ids)} rows")
+        identity = pa.binary(ROW_ID_BYTES)
+        columns: dict[str, pa.Array[Any]] = {
+            "row_id": pa.array(tokens.row_ids, identity),
+            "ids_sha256": pa.array(tokens.ids_sha256(), identity),
+            **{name: pa.array(values, pa.binary()) for name, values in labels.items()},
+        }
+        table = pa.table(columns).replace_schema_metadata({"schema_version": str(LABEL_SCHEMA_VERSION)})
+        record = put_shard(self.store, f"{self.folder}/data", shard, table)
+        self.store.put_if_absent(self._commit_key(shard), record.model_dump_json().encode())
+        standing = self.committed(shard)
+        assert standing is not None
+        return standing
+
+    def committed(self, shard: int) -> ShardRecord | None:
+        """The commit record of `shard`, None while nobody has labelled it."""
+        return ShardRecord.load(self.store, self._commit_key(shard))
+
+    def missing(self, shards: Sequence[int]) -> list[int]:
+        """Those of `shards` that are not committed, in the given order."""
+        present = {int(name.removesuffix(".json")) for name in self.store.keys(f"{self.folder}/commits")}
+        return [s for s in shards if s not in present]
+
+    def read(self, shard: int, record: ShardRecord, tokens: TokenShard) -> dict[str, list[bytes]]:
+        """The label columns of a committed shard; raises `IntegrityError` if they are damaged or of other tokens."""
+        where = f"label shard {shard}"
+        table = get_shard(self.store, f"{self.folder}/data", record, where)
+        if table["ids_sha256"].to_pylist() != tokens.ids_sha256() or table["row_id"].to_pylist() != tokens.row_ids:
+            raise IntegrityError(f"{where}: made from other tokens than token shard {shard} holds")
+        return {name: table[name].to_pylist() for name in table.column_names if name not in _IDENTITY}
+
+    def all_committed(self) -> list[tuple[int, ShardRecord]]:
+        """Every committed shard with its record; raises `IntegrityError` for a folder that is no log."""
+        self.identity()
+        shards = [int(name.removesuffix(".json")) for name in self.store.keys(f"{self.folder}/commits")]
+        return [(shard, record) for shard in shards if (record := self.committed(shard)) is not None]
+
+    def verify(self) -> list[tuple[int, ShardRecord]]:
+        """Read every committed shard in full; returns them, or raises `IntegrityError` at the first damaged one."""
+        found = self.all_committed()
+        for shard, record in found:
+            get_shard(self.store, f"{self.folder}/data", record, f"label shard {shard}")
+        return found
+
+    def seal(self, shards: Sequence[int], manifest: TokenManifest) -> tuple[Seal, Ledger]:
+        """Close the books over `shards`: every row of every one is there exactly once.
+
+        Raises `IntegrityError` if the ledger does not balance.
+        """
+        ledger, records = self.ledger(shards, manifest)
+        if not ledger.balanced:
+            raise IntegrityError(
+                f"label ledger does not balance: planned {ledger.planned}, committed {ledger.committed}, "
+                f"quarantined {ledger.quarantined}, duplicates {ledger.duplicates}"
+            )
+        seal = Seal(
+            key=self.key,
+            shards=len(records),
+            rows=sum(r.rows for r in records),
+            bytes=sum(r.bytes for r in records),
+            content=fingerprint("seal", [r.sha256 for r in records]),
+        )
+        demand = fingerprint("demand", sorted(shards))
+        self.store.put_if_absent(f"{self.folder}/seals/{demand}.json", seal.model_dump_json(indent=1).encode())
+        return seal, ledger
+
+    def ledger(self, shards: Sequence[int], manifest: TokenManifest) -> tuple[Ledger, list[ShardRecord]]:
+        """Count the rows of `shards` from the row ids on storage, not from what anybody said was written."""
+        records: list[ShardRecord] = []
+        seen: set[bytes] = set()
+        rows = 0
+        for shard in shards:
+            record = self.committed(shard)
+            if record is None:
+                continue
+            path = self.store.path(f"{self.folder}/data/{record.file}")
+            if not path.exists():
+                raise IntegrityError(f"label shard {shard}: the file {record.file} is gone")
+            ids: list[bytes] = pq.read_table(path, columns=["row_id"], use_threads=False)["row_id"].to_pylist()
+            seen.update(ids)
+            rows += len(ids)
+            records.append(record)
+        planned = sum(manifest.train[s].rows for s in shards)
+        return Ledger(planned=planned, committed=len(seen), quarantined=0, duplicates=rows - len(seen)), records
+
+    def _commit_key(self, shard: int) -> str:
+        return f"{self.folder}/commits/{shard:06d}.json"
+
+
+def _pretty(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, indent=1, sort_keys=True).encode()

@@ -1,0 +1,34 @@
+"""One writer at a time: a lock that the kernel frees when its holder dies, however it dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from orchestrator.errors import LockedError
+from orchestrator.store.files import storage_faults
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; raises `LockedError`, naming the holder, if another process has it."""
+    with storage_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            raise LockedError(f"{path.parent} is locked by {holder}") from None
+        os.ftruncate(descriptor, 0)
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        os.pwrite(descriptor, f"{socket.gethostname()}:{os.getpid()} since {since}".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)

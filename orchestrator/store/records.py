@@ -1,0 +1,127 @@
+"""The records that stages leave in the storage, each written last: a stage without its record did not happen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from orchestrator.errors import IntegrityError
+from orchestrator.plan.fingerprint import fingerprint
+from orchestrator.store.files import Store, sha256_of
+
+MANIFEST = "manifest.json"
+MODEL = "model"
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    def save(self, store: Store, key: str) -> None:
+        """Write this record under `key`, durably."""
+        store.replace(key, self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def load(cls, store: Store, key: str) -> Self | None:
+        """The record under `key`, None if there is none; raises `IntegrityError` if it cannot be read."""
+        try:
+            return cls.model_validate_json(store.read(key))
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise IntegrityError(f"{store.path(key)}: not a valid record: {error.errors()[0]['msg']}") from error
+
+
+class FileRecord(Record):
+    """A file by content."""
+
+    sha256: str
+    bytes: int
+
+
+class ShardRecord(FileRecord):
+    """A committed shard: where it lies in its stage's folder, and what it holds."""
+
+    file: str
+    rows: int
+
+
+class TokenManifest(Record):
+    """All token shards of one corpus under one tokenizer."""
+
+    fingerprint: str
+    seq_len: int
+    vocab_size: int
+    tokenizer_sha256: str
+    train: tuple[ShardRecord, ...]
+    heldout: tuple[ShardRecord, ...]
+    documents: int
+    heldout_documents: int
+    skipped_documents: int
+    dropped_tail_tokens: int
+    """Tokens at the end of a piece that did not fill a window."""
+
+    @property
+    def content(self) -> str:
+        """Hex identity of the tokens themselves, however they were made."""
+        return fingerprint("tokens", self.tokenizer_sha256, [s.sha256 for s in self.train], [s.sha256 for s in self.heldout])
+
+    @property
+    def shard_rows(self) -> list[int]:
+        return [s.rows for s in self.train]
+
+
+class ModelManifest(Record):
+    """A Hugging Face model folder in the storage."""
+
+    fingerprint: str
+    files: dict[str, FileRecord]
+    vocab_size: int
+    training: dict[str, float] = {}
+    """Figures of the run that made it, by name with unit."""
+
+    @property
+    def content(self) -> str:
+        """Hex identity of weights, configuration and tokenizer."""
+        return fingerprint("model", {name: record.sha256 for name, record in self.files.items()})
+
+    @property
+    def weights(self) -> str:
+        """Hex identity of the weight files alone."""
+        return fingerprint("weights", {n: r.sha256 for n, r in self.files.items() if n.endswith(".safetensors")})
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A Hugging Face model folder on storage that every node can read, and what is in it."""
+
+    path: Path
+    manifest: ModelManifest
+
+
+def describe_folder(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
+    """Size and hash of the files of `folder` (or of those called `names`), by relative name."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file()) if names is None else [folder / n for n in sorted(names)]
+    return {str(p.relative_to(folder)): FileRecord(sha256=sha256_of(p), bytes=p.stat().st_size) for p in files}
+
+
+def finished_model(store: Store, stage_key: str) -> ModelFolder | None:
+    """The model that a finished stage left behind; None if there is none, or not any more what its manifest says."""
+    manifest = ModelManifest.load(store, f"{stage_key}/{MANIFEST}")
+    folder = store.path(f"{stage_key}/{MODEL}")
+    if manifest is None or not folder.is_dir() or describe_folder(folder) != manifest.files:
+        return None
+    return ModelFolder(folder, manifest)
+
+
+def finish_model(store: Store, stage_key: str, vocab_size: int, training: dict[str, float]) -> ModelFolder:
+    """Write the manifest of the complete folder `stage_key`/model: from now on the stage is done."""
+    folder = store.path(f"{stage_key}/{MODEL}")
+    manifest = ModelManifest(
+        fingerprint=stage_key.rpartition("/")[2], files=describe_folder(folder), vocab_size=vocab_size, training=training
+    )
+    manifest.save(store, f"{stage_key}/{MANIFEST}")
+    return ModelFolder(folder, manifest)

@@ -1,0 +1,87 @@
+"""Shards as Parquet bytes, and the schema of token shards. Page checksums on; every read is checked against a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestrator.errors import IntegrityError
+from orchestrator.store.files import Store
+from orchestrator.store.records import ShardRecord
+
+ROW_ID_BYTES = 16
+TOKEN_SCHEMA_VERSION = 1
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """`table` as the bytes of one Parquet file: zstd, page checksums, one row group."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=max(1, table.num_rows))
+    return sink.getvalue()
+
+
+def from_parquet(data: bytes, record: ShardRecord, where: str) -> pa.Table:
+    """The table in `data`; raises `IntegrityError` naming `where` if a byte differs from what was committed."""
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise IntegrityError(f"{where}: sha256 mismatch, the file has changed since it was written")
+    table = pq.read_table(io.BytesIO(data), use_threads=False, page_checksum_verification=True)
+    if table.num_rows != record.rows:
+        raise IntegrityError(f"{where}: {table.num_rows} rows where {record.rows} were committed")
+    return table
+
+
+def put_shard(store: Store, folder: str, index: int, table: pa.Table) -> ShardRecord:
+    """Store `table` under a name that holds its content hash; visible to nobody until a record names it."""
+    data = to_parquet(table)
+    digest = hashlib.sha256(data).hexdigest()
+    file = f"{index:06d}-{digest[:32]}.parquet"
+    store.put_if_absent(f"{folder}/{file}", data)
+    return ShardRecord(file=file, sha256=digest, rows=table.num_rows, bytes=len(data))
+
+
+def get_shard(store: Store, folder: str, record: ShardRecord, where: str) -> pa.Table:
+    """Read back what `put_shard` stored; raises `IntegrityError` if it is gone or differs."""
+    try:
+        data = store.read(f"{folder}/{record.file}")
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{where}: the file {record.file} is gone") from error
+    return from_parquet(data, record, where)
+
+
+@dataclass(frozen=True)
+class TokenShard:
+    """Rows of one token shard."""
+
+    row_ids: list[bytes]
+    """16 bytes each, from document hash and position."""
+    ids: npt.NDArray[np.int32]
+    """[rows, seq_len + 1]"""
+
+    def to_table(self) -> pa.Table:
+        width = self.ids.shape[1]
+        columns = {
+            "row_id": pa.array(self.row_ids, pa.binary(ROW_ID_BYTES)),
+            "ids": pa.FixedSizeListArray.from_arrays(pa.array(self.ids.reshape(-1), pa.int32()), width),
+        }
+        return pa.table(columns).replace_schema_metadata({"schema_version": str(TOKEN_SCHEMA_VERSION)})
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> TokenShard:
+        ids = table["ids"].combine_chunks()
+        flat = ids.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
+        return cls(table["row_id"].to_pylist(), flat.reshape(table.num_rows, -1))
+
+    def ids_sha256(self) -> list[bytes]:
+        """First 16 bytes of the SHA-256 of each row's ids, little-endian int32."""
+        return [hashlib.sha256(row.astype("<i4").tobytes()).digest()[:ROW_ID_BYTES] for row in self.ids]
+
+
+def read_tokens(store: Store, folder: str, record: ShardRecord) -> TokenShard:
+    """One token shard, verified."""
+    return TokenShard.from_table(get_shard(store, folder, record, f"token shard {folder}/{record.file}"))

@@ -1,0 +1,137 @@
+"""The training worker's side of the label log: the rows of each step, with their labels, as tensors.
+
+Follows the log while it is being written: the next shards are awaited and decoded in a thread, and how long training
+had to wait for them is counted.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from orchestrator.errors import ResumableError
+from orchestrator.labels.kinds import label_kind
+from orchestrator.plan.batch import Batch
+from orchestrator.store.files import Store
+from orchestrator.store.label_log import LabelLog
+from orchestrator.store.shards import TokenShard, read_tokens
+from orchestrator.student.job import TrainingJob
+
+POLL_S = 0.02
+CHECK_ABORT_S = 1.0
+STEPS_AHEAD = 2
+SHARDS_KEPT = 4
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass of one worker."""
+
+    ids: torch.Tensor
+    """[rows, seq + 1]"""
+    soft: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None
+    """ids [rows, seq, k], probabilities [rows, seq, k], tail mass [rows, seq] or None"""
+
+
+@dataclass
+class _Shard:
+    tokens: TokenShard
+    labels: dict[str, list[bytes]]
+
+
+class Feed:
+    """Micro-batches of one data-parallel rank, step by step."""
+
+    def __init__(self, store: Store, job: TrainingJob, rank: int, world: int, aborted: Callable[[], str | None]) -> None:
+        self.waited_s = 0.0
+        self.shards_started = 0
+        """How far into the demand training has read, in shards."""
+        self._store = store
+        self._job = job
+        self._rank, self._world = rank, world
+        self._aborted = aborted
+        self._order = job.order
+        self._position = {shard: i for i, shard in enumerate(job.demanded_shards())}
+        self._micro_rows = Batch.of(job.train).micro_rows
+        self._shards: OrderedDict[int, _Shard] = OrderedDict()
+        self._log = LabelLog(store, job.soft.log_key) if job.soft else None
+        self._kind = label_kind(job.soft.labels, job.vocab_size) if job.soft else None
+
+    def steps(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """(step, its micro-batches) from step `first` to the end of training.
+
+        Raises what reading met, `ResumableError` if the labels will not come, and `IntegrityError` for damaged shards.
+        """
+        ready: queue.Queue[tuple[int, list[MicroBatch]] | BaseException] = queue.Queue(STEPS_AHEAD)
+        stop = threading.Event()
+        reader = threading.Thread(target=self._read, args=(first, ready, stop), name="feed", daemon=True)
+        reader.start()
+        try:
+            for _ in range(first, self._job.train.steps):
+                started = time.perf_counter()
+                item = ready.get()
+                self.waited_s += time.perf_counter() - started
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+
+    def _read(self, first: int, ready: queue.Queue[object], stop: threading.Event) -> None:
+        try:
+            for step in range(first, self._job.train.steps):
+                rows = self._order.share(step, self._rank, self._world)
+                micro = [self._gather(rows[i : i + self._micro_rows]) for i in range(0, len(rows), self._micro_rows)]
+                while not stop.is_set():
+                    try:
+                        ready.put((step, micro), timeout=CHECK_ABORT_S)
+                        break
+                    except queue.Full:
+                        continue
+                if stop.is_set():
+                    return
+        except BaseException as error:
+            ready.put(error)
+
+    def _gather(self, rows: list[tuple[int, int]]) -> MicroBatch:
+        shards = {shard: self._shard(shard) for shard in dict.fromkeys(s for s, _ in rows)}
+        ids = torch.from_numpy(np.stack([shards[s].tokens.ids[r] for s, r in rows])).long()
+        if self._kind is None:
+            return MicroBatch(ids, None)
+        assert self._job.soft is not None
+        names = shards[rows[0][0]].labels
+        columns = {name: [shards[s].labels[name][r] for s, r in rows] for name in names}
+        targets = self._kind.decode(columns, self._job.soft.objective.temperature)
+        return MicroBatch(ids, (targets.ids, targets.probs, targets.tail))
+
+    def _shard(self, shard: int) -> _Shard:
+        if shard in self._shards:
+            self._shards.move_to_end(shard)
+            return self._shards[shard]
+        self.shards_started = max(self.shards_started, self._position[shard] + 1)
+        tokens = read_tokens(self._store, f"{self._job.data_folder}/train", self._job.manifest.train[shard])
+        loaded = _Shard(tokens, self._labels(shard, tokens))
+        self._shards[shard] = loaded
+        if len(self._shards) > SHARDS_KEPT:
+            self._shards.popitem(last=False)
+        return loaded
+
+    def _labels(self, shard: int, tokens: TokenShard) -> dict[str, list[bytes]]:
+        if self._log is None:
+            return {}
+        checked = time.monotonic()
+        while (record := self._log.committed(shard)) is None:
+            if time.monotonic() - checked > CHECK_ABORT_S:
+                checked = time.monotonic()
+                reason = self._aborted()
+                if reason:
+                    raise ResumableError(f"training stopped waiting for label shard {shard}: {reason}")
+            time.sleep(POLL_S)
+        return self._log.read(shard, record, tokens)

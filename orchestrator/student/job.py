@@ -1,0 +1,62 @@
+"""What a training job is, whoever is trained: a teacher from scratch, the student, or the baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.plan.fingerprint import fingerprint
+from orchestrator.plan.order import TrainingOrder
+from orchestrator.spec.distill import Labels, Objective
+from orchestrator.spec.model import Model
+from orchestrator.spec.train import Train
+from orchestrator.store.records import TokenManifest
+
+NO_RESULT = {"checkpoint_every", "max_restarts"}
+"""Fields of `train` that cannot change a weight."""
+
+
+@dataclass(frozen=True)
+class Soft:
+    """Where the soft labels come from and how they enter the loss."""
+
+    log_key: str
+    labels: Labels
+    objective: Objective
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Train `model` on the rows of `manifest`; without `soft`, on hard labels alone."""
+
+    stage: str
+    model: Model
+    vocab_size: int
+    train: Train
+    seed: int
+    data_folder: str
+    manifest: TokenManifest
+    soft: Soft | None
+
+    @property
+    def key(self) -> str:
+        """Name of the result: everything that can change a weight is in it."""
+        soft = None
+        if self.soft is not None:
+            soft = [self.soft.log_key, self.soft.objective]
+        train = self.train.model_dump(mode="json", exclude=NO_RESULT)
+        return fingerprint("train", self.model, self.vocab_size, train, self.seed, self.manifest.content, soft)
+
+    @property
+    def folder(self) -> str:
+        """Stage folder in the storage."""
+        return f"{self.stage}/{self.key}"
+
+    @property
+    def order(self) -> TrainingOrder:
+        return TrainingOrder(self.manifest.shard_rows, self.seed, self.train.global_batch)
+
+    def demanded_shards(self) -> list[int]:
+        """Token shards that training will touch, in the order of first use."""
+        return self.order.shards_until(self.train.steps)
+
+

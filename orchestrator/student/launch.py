@@ -1,0 +1,66 @@
+"""Training on the cluster: a Ray Train worker group, restarted when a worker dies."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from orchestrator.errors import ResumableError, find_user_error
+from orchestrator.store.files import Store
+from orchestrator.store.lock import exclusive
+from orchestrator.store.records import ModelFolder, finished_model
+from orchestrator.student.job import TrainingJob
+
+
+def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str, say: Callable[[str], None]) -> ModelFolder:
+    """Train `job`, or continue it from its newest checkpoint; returns the finished model.
+
+    Raises what the training itself raised, and `ResumableError` once workers have died more often than
+    `train.max_restarts` allows. Restarts are counted here and not in Ray Train, which cannot tell a user's error from a
+    dead worker, and keeps its own checkpoints; ours are found again by any later run.
+    """
+    config = {"store": store, "job": job, "board": board, "tokenizer_folder": tokenizer_folder}
+    with exclusive(store.path(f"{job.folder}/lock")):
+        for attempt in range(job.train.max_restarts + 1):
+            try:
+                _fit(store, job, config)
+                break
+            except Exception as error:
+                known = find_user_error(error)
+                if known is not None:
+                    raise known from error
+                if attempt == job.train.max_restarts:
+                    raise ResumableError(f"{job.stage}: training workers died {attempt + 1} times: {error}") from error
+                say(f"{job.stage}: a training worker died; retry {attempt + 1}/{job.train.max_restarts} from the last checkpoint")
+    model = finished_model(store, job.folder)
+    assert model is not None
+    return model
+
+
+def _fit(store: Store, job: TrainingJob, config: dict[str, Any]) -> None:
+    train = job.train
+    resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
+    TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=train.workers, use_gpu=train.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
+        run_config=RunConfig(
+            name=f"{job.stage}-{job.key[:8]}-{uuid.uuid4().hex[:6]}",
+            storage_path=str(store.path("ray")),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    ).fit()
+
+
+def _worker(config: dict[str, Any]) -> None:
+    # Imported here so that the driver, which only names this function, does not load DeepSpeed and transformers.
+    from orchestrator.student.worker import run_worker
+
+    run_worker(**config)

@@ -1,0 +1,92 @@
+"""What a training says about itself while it runs, and at the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.errors import ResumableError
+from orchestrator.plan.schedule import learning_rate
+from orchestrator.runtime.board import FIRST_STEP, STUDENT_SHARDS
+from orchestrator.student.feed import Feed
+from orchestrator.student.job import TrainingJob
+from orchestrator.tracking import names
+
+POST_EVERY_S = 1.0
+
+
+class Meter:
+    """Keeps the figures of each step on the device and posts them about once a second from rank 0."""
+
+    def __init__(self, job: TrainingJob, board: Any, feed: Feed) -> None:
+        self._job, self._board, self._feed = job, board, feed
+        self._pending: list[tuple[int, torch.Tensor, float]] = []
+        self._steps = 0
+        self._last_loss = math.nan
+        self._first_step_s = 0.0
+        self._first_wait_s = 0.0
+        self._started = self._flushed = time.perf_counter()
+        self._waited = 0.0
+
+    def add(self, step: int, terms: torch.Tensor, grad_norm: Any) -> None:
+        """Take the figures of one step: global mean (loss, CE, KL) [3] and the gradient norm, None where there is none."""
+        self._pending.append((step, terms, math.nan if grad_norm is None else float(grad_norm)))
+        self._steps += 1
+        if self._steps == 1:
+            self._first_step_s, self._first_wait_s = time.perf_counter() - self._started, self._feed.waited_s
+            if dist.get_rank() == 0:
+                self._board.set_progress.remote(f"{self._job.stage}.{FIRST_STEP}", time.time())
+        if self._steps == 1 or (dist.get_rank() == 0 and time.perf_counter() - self._flushed >= POST_EVERY_S):
+            self.flush()
+
+    def flush(self) -> None:
+        """Check and post what has been added; raises `ResumableError` for a loss that is not finite.
+
+        Called on every rank before a checkpoint is written, so that no checkpoint holds what such a loss did.
+        """
+        if not self._pending:
+            return
+        now, tokens = time.perf_counter(), self._job.train.global_batch * self._job.manifest.seq_len * len(self._pending)
+        pace = {
+            names.TRAIN_TOKENS_PER_S: tokens / (now - self._flushed),
+            names.LABEL_WAIT_FRACTION: (self._feed.waited_s - self._waited) / (now - self._flushed),
+        }
+        points = [self._point(*pending) for pending in self._pending]
+        points[-1][1].update(pace)
+        if dist.get_rank() == 0:
+            self._board.post.remote(names.stage_id(self._job.stage, self._job.key), points)
+            self._board.set_progress.remote(f"{self._job.stage}.{STUDENT_SHARDS}", self._feed.shards_started)
+        self._pending, self._flushed, self._waited = [], now, self._feed.waited_s
+
+    def summary(self) -> dict[str, float]:
+        """Figures of this training as a whole, for its manifest; of a resumed one, since it was resumed.
+
+        Waiting for the very first labels is start-up and not counted as waiting.
+        """
+        elapsed = time.perf_counter() - self._started - self._first_step_s
+        steps = self._steps - 1
+        if steps <= 0:
+            return {"steps": self._job.train.steps}
+        return {
+            "steps": self._job.train.steps,
+            "final_loss_nats": self._last_loss,
+            "tokens_per_s": steps * self._job.train.global_batch * self._job.manifest.seq_len / elapsed,
+            "label_wait_fraction": (self._feed.waited_s - self._first_wait_s) / elapsed,
+        }
+
+    def _point(self, step: int, terms: torch.Tensor, grad_norm: float) -> tuple[int, dict[str, float]]:
+        loss, ce, kd = terms.tolist()
+        if not math.isfinite(loss):
+            raise ResumableError(f"{self._job.stage}: the loss of step {step} is not finite; the last checkpoint is kept")
+        self._last_loss = loss
+        figures = {
+            names.LOSS: loss,
+            names.CE_NATS: ce,
+            names.LEARNING_RATE: learning_rate(self._job.train, step),
+            names.GRAD_NORM: grad_norm,
+        }
+        return step, figures if self._job.soft is None else {**figures, names.KD_NATS: kd}

