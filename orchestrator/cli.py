@@ -77,7 +77,9 @@ def schema() -> None:
 
 
 @app.command()
-def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")], as_json: AsJson = False) -> None:
+def report(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")], as_json: AsJson = False
+) -> None:
     """Print the summary of a finished run."""
     from orchestrator.errors import SpecError
 
@@ -88,7 +90,9 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Ru
 
 
 @labels_app.command("inspect")
-def labels_inspect(path: Annotated[Path, typer.Argument(help="Label log: STORAGE/labels/KEY.")], as_json: AsJson = False) -> None:
+def labels_inspect(
+    path: Annotated[Path, typer.Argument(help="Label log: STORAGE/labels/KEY.")], as_json: AsJson = False
+) -> None:
     """Show what a label log holds and what it costs."""
     log = _open_log(path)
     shards = [(s, r) for s, r in log.all_committed()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -63,7 +63,7 @@ class Run:
     @contextmanager
     def stage(
         self, name: str, key: str, params: Mapping[str, Any] | None = None, dataset: Mapping[str, str] | None = None
-    ) -> Iterator[StageRecord]:
+    ) -> Generator[StageRecord]:
         """Keep the books on one stage: its time, its fingerprint `key`, whether it ran, was reused, or failed.
 
         `dataset` (name, digest, source) is what the stage reads, for the lineage.

@@ -160,7 +160,6 @@ def _label_missing(
     work = Work(
         store=run.store,
         data_folder=tokens.folder,
-        manifest=tokens.manifest,
         model=teacher.path,
         vocab_size=teacher.manifest.vocab_size,
         dtype=spec.dtype,

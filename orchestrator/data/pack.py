@@ -114,6 +114,7 @@ def _tokenized(data: Data, piece: Piece, tokenizer_file: Path) -> Iterator[tuple
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.no_truncation()
+    tokenizer.no_padding()
     for group in _groups(read_piece(data.source, piece)):
         texts = [decode_document(data, name, raw) for name, raw in group]
         encoded = iter(tokenizer.encode_batch([t for t in texts if t], add_special_tokens=False))

@@ -61,7 +61,9 @@ def list_pieces(data: Data) -> list[Piece]:
         return _grouped(files, data.seed)
     parts: list[tuple[tuple[str, str], int, int]] = []
     for path, name in files:
-        size, step = (_parquet_rows(path), PIECE_ROWS) if isinstance(source, ParquetSource) else (Path(path).stat().st_size, PIECE_BYTES)
+        size, step = (
+            (_parquet_rows(path), PIECE_ROWS) if isinstance(source, ParquetSource) else (Path(path).stat().st_size, PIECE_BYTES)
+        )
         parts += [((path, name), a, b) for a, b in _ranges(size, step)]
     return [Piece(i, (file,), a, b) for i, (file, a, b) in enumerate(parts)]
 
@@ -89,7 +91,7 @@ def _read_jsonl(source: JsonlSource, piece: Piece) -> Iterator[Document]:
             where = f"{name} at byte {start}"
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not a JSON line: {error}") from error
             yield where, _text(value.get(source.field) if isinstance(value, dict) else None, where, source.field)
 
@@ -137,7 +139,8 @@ def _files(source: Source) -> list[tuple[str, str]]:
     assert not isinstance(source, DatasetSource)
     paths: set[str] = set()
     for pattern in source.paths:
-        matches = [p for p in glob.glob(str(Path(pattern).expanduser()), recursive=True) if Path(p).is_file()]
+        found = glob.glob(str(Path(pattern).expanduser()), recursive=True)  # noqa: PTH207 — takes absolute patterns
+        matches = [p for p in found if Path(p).is_file()]
         if not matches:
             raise DataError(f"data.source.paths: no file matches {pattern}")
         paths.update(matches)

@@ -49,7 +49,13 @@ class _Sums:
 
 
 def measure(
-    store: Store, data_folder: str, manifest: TokenManifest, subjects: dict[str, Subject], rows: int, micro_batch: int, cpus: int
+    store: Store,
+    data_folder: str,
+    manifest: TokenManifest,
+    subjects: dict[str, Subject],
+    rows: int,
+    micro_batch: int,
+    cpus: int,
 ) -> dict[str, dict[str, float]]:
     """Figures of each subject by name, as report.json has them; KL and agreement are against `teacher`.
 
@@ -61,7 +67,13 @@ def measure(
 
 @ray.remote
 def _measure_task(
-    store: Store, data_folder: str, manifest: TokenManifest, subjects: dict[str, Subject], rows: int, micro_batch: int, cpus: int
+    store: Store,
+    data_folder: str,
+    manifest: TokenManifest,
+    subjects: dict[str, Subject],
+    rows: int,
+    micro_batch: int,
+    cpus: int,
 ) -> dict[str, dict[str, float]]:
     from orchestrator.models.build import load_model
 

@@ -57,5 +57,11 @@ def model_card(report: dict[str, Any]) -> str:
     gap = report["gap_recovered"]
     if gap is not None:
         lines += ["", f"The student closes {gap:.1%} of the gap between the same model trained on hard labels and the teacher."]
-    lines += ["", "```python", "from transformers import AutoModelForCausalLM", 'model = AutoModelForCausalLM.from_pretrained(".")', "```"]
+    lines += [
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained(".")',
+        "```",
+    ]
     return "\n".join(lines) + "\n"

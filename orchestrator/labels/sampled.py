@@ -8,6 +8,9 @@ floor(N p) or ceil(N p): the same expectation with less variance than independen
 log's key and the row, so a shard labelled twice is labelled alike.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# The torch stubs leave types open.
+
 from __future__ import annotations
 
 import hashlib
@@ -77,7 +80,11 @@ class Sampled:
         new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
         starts = np.flatnonzero(new)
         counts = np.diff(np.append(starts, drawn.size))
-        return new.sum(1).astype(np.uint8).tobytes(), pack_ids(drawn.reshape(-1)[starts], self._width), counts.astype(np.uint8).tobytes()
+        return (
+            new.sum(1).astype(np.uint8).tobytes(),
+            pack_ids(drawn.reshape(-1)[starts], self._width),
+            counts.astype(np.uint8).tobytes(),
+        )
 
 
 def draw(logits: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -97,7 +104,7 @@ def draw(logits: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     upper = mass.cumsum(-1, dtype=torch.float64)
     target = _below(points * upper[:, -1:], upper[:, -1:])
     block = torch.searchsorted(upper, target, right=True)
-    share = 1 + (target - upper.gather(1, block)) / mass.gather(1, block)
+    share = (1 + (target - upper.gather(1, block)) / mass.gather(1, block)).clamp_min(0)
     inner = weights[torch.arange(n, device=logits.device)[:, None], block].cumsum(-1, dtype=torch.float64)
     within = _below(share * inner[..., -1], inner[..., -1])
     return block * BLOCK + torch.searchsorted(inner, within[..., None], right=True).squeeze(-1)

@@ -35,7 +35,9 @@ def finite(logits: torch.Tensor) -> None:
     # The sum of a row is non-finite if any entry is; inf - inf is NaN, so nothing can hide.
     bad = ~torch.isfinite(logits.sum(dim=(1, 2), dtype=torch.float32))
     if bool(bad.any()):
-        raise DataError(f"teacher logits are not finite in {int(bad.sum())} of {len(bad)} rows, first: row {int(bad.nonzero()[0])}")
+        raise DataError(
+            f"teacher logits are not finite in {int(bad.sum())} of {len(bad)} rows, first: row {int(bad.nonzero()[0])}"
+        )
 
 
 def id_width(vocab_size: int) -> int:

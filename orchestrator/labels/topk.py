@@ -4,6 +4,9 @@ Log-probabilities are kept at temperature 1 in fp16, and for every temperature t
 exact tail mass: sum p^(1/tau) cannot be rebuilt from k values and what they leave over.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# The torch stubs leave types open.
+
 from __future__ import annotations
 
 import numpy as np

@@ -48,10 +48,11 @@ def build_model(model: Model, vocab_size: int, seed: int, section: str) -> PreTr
 
 def load_model(folder: Path, dtype: Literal["bf16", "fp32"]) -> PreTrainedModel:
     """The causal LM in `folder`, from safetensors only, ready for inference on the best device there is."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, local_files_only=True
     )
-    return model.eval().to(device())
+    torch.nn.Module.to(model, device())
+    return model.eval()
 
 
 def device() -> torch.device:

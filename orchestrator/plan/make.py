@@ -97,16 +97,40 @@ def _stages(job: Job) -> tuple[Stage, ...]:
     stages = [Stage("data", f"{job.data.source.kind} text to windows of {job.data.seq_len} tokens", 1, 0)]
     if isinstance(teacher, PretrainTeacher):
         own = teacher.train
-        stages.append(Stage("teacher", f"train from scratch, {own.steps} steps", own.workers * own.cpus_per_worker, own.workers * own.gpus_per_worker))
+        stages.append(
+            Stage(
+                "teacher",
+                f"train from scratch, {own.steps} steps",
+                own.workers * own.cpus_per_worker,
+                own.workers * own.gpus_per_worker,
+            )
+        )
     else:
         stages.insert(0, Stage("teacher", f"fetch and hash ({teacher.kind})", 0, 0))
     replicas = teacher.replicas.min
     stages += [
-        Stage("labels", f"{job.labels.kind}, by {replicas} to {teacher.replicas.max} teacher actors", replicas * teacher.cpus_per_replica, replicas * teacher.gpus_per_replica),
-        Stage("student", f"{train.steps} steps, following the labels as they are written", train.workers * train.cpus_per_worker, train.workers * train.gpus_per_worker),
+        Stage(
+            "labels",
+            f"{job.labels.kind}, by {replicas} to {teacher.replicas.max} teacher actors",
+            replicas * teacher.cpus_per_replica,
+            replicas * teacher.gpus_per_replica,
+        ),
+        Stage(
+            "student",
+            f"{train.steps} steps, following the labels as they are written",
+            train.workers * train.cpus_per_worker,
+            train.workers * train.gpus_per_worker,
+        ),
     ]
     if job.evaluate.baseline:
-        stages.append(Stage("baseline", "the same student on hard labels alone", train.workers * train.cpus_per_worker, train.workers * train.gpus_per_worker))
+        stages.append(
+            Stage(
+                "baseline",
+                "the same student on hard labels alone",
+                train.workers * train.cpus_per_worker,
+                train.workers * train.gpus_per_worker,
+            )
+        )
     stages.append(Stage("evaluate", f"up to {job.evaluate.rows} held-out windows", 1, 0))
     stages.append(Stage("export", "Hugging Face folder", 0, 0))
     stages.append(Stage("report", "report.html, report.json, summary.md", 0, 0))

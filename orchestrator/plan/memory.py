@@ -11,6 +11,9 @@ from orchestrator.spec.model import Model
 from orchestrator.spec.train import Train
 
 DENSE_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+# What transformers takes for keys that are left out; other types take all heads, and hidden_size / heads.
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma3_text": 4}
+_HEAD_DIM = {"qwen3": 128, "gemma3_text": 256}
 
 
 def parameter_count(model: Model, vocab_size: int) -> int | None:
@@ -19,9 +22,11 @@ def parameter_count(model: Model, vocab_size: int) -> int | None:
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if model.type not in DENSE_DECODERS or not all(isinstance(c.get(k), int) for k in needed):
         return None
+    if c.get("attention_bias") or c.get("mlp_bias"):
+        return None
     d, ffn, layers, heads = (int(c[k]) for k in needed)
-    kv_heads = int(c.get("num_key_value_heads") or heads)
-    head_dim = int(c.get("head_dim") or d // heads)
+    kv_heads = int(c.get("num_key_value_heads", _KV_HEADS.get(model.type)) or heads)
+    head_dim = int(c.get("head_dim", _HEAD_DIM.get(model.type)) or d // heads)
     q_norms = 2 * head_dim if model.type in ("qwen3", "gemma3_text") else 0
     attention = 2 * d * heads * head_dim + 2 * d * kv_heads * head_dim + q_norms
     if model.type == "qwen2":

@@ -52,4 +52,5 @@ class Board:
 
 def start_board() -> Any:
     """A handle to a new board; costs no resources."""
-    return ray.remote(num_cpus=0, max_concurrency=1)(Board).remote()
+    actor: Any = ray.remote(num_cpus=0)(Board)
+    return actor.remote()

@@ -11,6 +11,7 @@ from orchestrator.errors import EnvironmentFault
 from orchestrator.runtime.environment import prepare_ray
 from orchestrator.spec.job import Cluster
 
+
 @contextmanager
 def ray_session(cluster: Cluster, cpu_slots: int, log_to_driver: bool = False) -> Iterator[str]:
     """Hold a connection to Ray; yields a line that says to what. Raises `EnvironmentFault` if there is none to be had.

@@ -53,7 +53,7 @@ def resolved_yaml(job: Job) -> str:
 
     yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.allow_unicode, yaml.width = False, MAX_BYTES  # what the emitter folds, or at a Unicode separator, it may lose
+    yaml.allow_unicode, yaml.width = False, MAX_BYTES  # the emitter loses spaces where it folds a line
     yaml.sort_base_mapping_type_on_output = False
     stream = StringIO()
     yaml.dump(_escape(job.model_dump(mode="json")), stream)

@@ -17,7 +17,7 @@ class Model(Spec):
     """
 
     type: str = "llama"
-    config: dict[str, JsonValue] = {}
+    config: dict[str, JsonValue] = Field(default={})
 
 
 class Replicas(Spec):

@@ -18,8 +18,9 @@ Keys = tuple[str | int, ...]
 Section = dict[str, JsonValue]
 
 MAX_DEPTH = 50
-MAX_VALUES = 10_000
-_MAX_DIGITS = 1000  # Python itself refuses to read integers of a few thousand
+MAX_VALUES = 5_000
+_MAX_DIGITS = 1000
+_MAX_INTERPOLATED = 1000
 
 _CONSTANTS = (
     dict.fromkeys(("", "~", "null", "Null", "NULL"), None)
@@ -29,6 +30,7 @@ _CONSTANTS = (
 _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 _FLOAT = re.compile(r"[-+]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.inf|\.nan", re.IGNORECASE)
+_STAIRS = re.compile(rf"(?:[\[{{]\s*){{{MAX_DEPTH + 1}}}")  # the parser would look a long and slow way ahead
 UNFIT_TEXT = re.compile("[\0\ud800-\udfff]")
 _FOREIGN_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{(?!oc\.env:)")
 _HINTS = {
@@ -58,6 +60,9 @@ class Reader:
 
     def read(self) -> JsonValue:
         """The value of the document, null for an empty one. Raises `SpecError`."""
+        if stairs := _STAIRS.search(self._text):
+            line = self._text.count("\n", 0, stairs.start()) + 1
+            raise SpecError(f"{self._place(line)}: nested more than {MAX_DEPTH} levels deep")
         self._next()
         if _kind(self._next()) == "StreamEnd":
             return None
@@ -129,12 +134,13 @@ class Reader:
         text = self._text_of(event)
         if event.implicit[0] and text in _CONSTANTS:
             return _CONSTANTS[text]
-        if event.implicit[0] and _INT.fullmatch(text) and len(text) <= _MAX_DIGITS:
-            return int(text)
-        if event.implicit[0] and _FLOAT.fullmatch(text) and math.isfinite(number := float(text)):
-            return number
-        if event.implicit[0] and (_FLOAT.fullmatch(text) or _NOT_FINITE.fullmatch(text)):
-            self._fail(f"{clip(text, 40)} is not a finite number", event.start_mark)
+        if event.implicit[0] and len(text) <= _MAX_DIGITS:
+            if _INT.fullmatch(text):
+                return int(text)
+            if _FLOAT.fullmatch(text) and math.isfinite(number := float(text)):
+                return number
+            if _FLOAT.fullmatch(text) or _NOT_FINITE.fullmatch(text):
+                self._fail(f"{clip(text, 40)} is not a finite number", event.start_mark)
         if "${" in text:
             self._check_interpolation(text, event.start_mark)
         return text
@@ -152,6 +158,8 @@ class Reader:
 
         if _FOREIGN_INTERPOLATION.search(text):
             self._fail(r"only ${oc.env:VARIABLE} can be interpolated; write \${ for a plain ${", mark)
+        if len(text) > _MAX_INTERPOLATED:
+            self._fail(f"text with interpolations may have {_MAX_INTERPOLATED} characters", mark)
         try:
             OmegaConf.create([text])
         except GrammarParseError:

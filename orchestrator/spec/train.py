@@ -47,7 +47,9 @@ class Train(Spec):
         if self.global_batch % self.workers:
             raise ValueError(f"global_batch {self.global_batch} does not divide among {self.workers} workers")
         if (self.global_batch // self.workers) % min(self.micro_batch, self.global_batch // self.workers):
-            raise ValueError(f"{self.global_batch // self.workers} rows per worker do not divide into micro_batch {self.micro_batch}")
+            raise ValueError(
+                f"{self.global_batch // self.workers} rows per worker do not divide into micro_batch {self.micro_batch}"
+            )
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
         return self

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def storage_faults(path: Path) -> Iterator[None]:
+def storage_faults(path: Path) -> Generator[None]:
     """Turn an operating system error on `path` into an `EnvironmentFault` that names it."""
     try:
         yield
@@ -69,7 +69,7 @@ class Store:
     def keys(self, folder: str) -> list[str]:
         """Names of the complete files in `folder`, sorted."""
         try:
-            names = os.listdir(self.path(folder))
+            names = [path.name for path in self.path(folder).iterdir()]
         except FileNotFoundError:
             return []
         return sorted(n for n in names if not n.startswith(".tmp"))
@@ -92,7 +92,11 @@ class Store:
         """Write `data` under `key`, whatever stood there. Atomic and durable."""
         path = self.path(key)
         with storage_faults(path):
-            self._write_temporary(path, data).replace(path)
+            temporary = self._write_temporary(path, data)
+            try:
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
             _sync_folder(path.parent)
 
     def publish(self, temporary: Path, key: str) -> None:
@@ -108,7 +112,7 @@ class Store:
             _sync_folder(path.parent)
 
     @contextmanager
-    def folder_for(self, key: str) -> Iterator[Path]:
+    def folder_for(self, key: str) -> Generator[Path]:
         """A temporary folder beside `key` to build in; published as `key` when the block ends without an error."""
         final = self.path(key)
         temporary = final.parent / f".tmp-{uuid.uuid4().hex[:12]}"

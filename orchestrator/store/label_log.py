@@ -9,6 +9,9 @@ Writers never wait for each other and followers never list: a shard is there whe
 shard s belongs to row i of token shard s; `ids_sha256` proves it on every read.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# The pyarrow stubs leave types open.
+
 from __future__ import annotations
 
 import json
@@ -22,7 +25,7 @@ from orchestrator.errors import DataError, IntegrityError
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.store.files import Store
 from orchestrator.store.records import Record, ShardRecord, TokenManifest
-from orchestrator.store.shards import ROW_ID_BYTES, TokenShard, get_shard, put_shard
+from orchestrator.store.shards import ROW_ID_BYTES, TokenShard, binary_column, get_shard, put_shard
 
 LABEL_SCHEMA_VERSION = 1
 _IDENTITY = ("row_id", "ids_sha256")
@@ -71,9 +74,11 @@ class LabelLog:
 
     def identity(self) -> dict[str, Any]:
         """What the key was made of; raises `IntegrityError` for a folder that is no log or of another schema."""
-        document = self.store.read_json(f"{self.folder}/key.json")
-        version = document.get("schema_version") if isinstance(document, dict) else None
-        if version != LABEL_SCHEMA_VERSION:
+        try:
+            document: Any = self.store.read_json(f"{self.folder}/key.json")
+        except ValueError as error:
+            raise IntegrityError(f"{self.store.path(self.folder)}/key.json is damaged: {error}") from error
+        if not isinstance(document, dict) or document.get("schema_version") != LABEL_SCHEMA_VERSION:
             raise IntegrityError(f"{self.store.path(self.folder)}: not a label log of schema version {LABEL_SCHEMA_VERSION}")
         return document
 
@@ -112,9 +117,9 @@ class LabelLog:
         """The label columns of a committed shard; raises `IntegrityError` if they are damaged or of other tokens."""
         where = f"label shard {shard}"
         table = get_shard(self.store, f"{self.folder}/data", record, where)
-        if table["ids_sha256"].to_pylist() != tokens.ids_sha256() or table["row_id"].to_pylist() != tokens.row_ids:
+        if binary_column(table, "ids_sha256") != tokens.ids_sha256() or binary_column(table, "row_id") != tokens.row_ids:
             raise IntegrityError(f"{where}: made from other tokens than token shard {shard} holds")
-        return {name: table[name].to_pylist() for name in table.column_names if name not in _IDENTITY}
+        return {name: binary_column(table, name) for name in table.column_names if name not in _IDENTITY}
 
     def all_committed(self) -> list[tuple[int, ShardRecord]]:
         """Every committed shard with its record; raises `IntegrityError` for a folder that is no log."""
@@ -163,7 +168,11 @@ class LabelLog:
             path = self.store.path(f"{self.folder}/data/{record.file}")
             if not path.exists():
                 raise IntegrityError(f"label shard {shard}: the file {record.file} is gone")
-            ids: list[bytes] = pq.read_table(path, columns=["row_id"], use_threads=False)["row_id"].to_pylist()
+            try:
+                table = pq.read_table(path, columns=["row_id"], use_threads=False, page_checksum_verification=True)
+            except (pa.ArrowException, OSError) as error:
+                raise IntegrityError(f"label shard {shard}: {record.file} is damaged: {error}") from error
+            ids = binary_column(table, "row_id")
             seen.update(ids)
             rows += len(ids)
             records.append(record)

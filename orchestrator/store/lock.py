@@ -6,7 +6,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from orchestrator.store.files import storage_faults
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Generator[None]:
     """Hold the lock file `path`; raises `LockedError`, naming the holder, if another process has it."""
     with storage_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,14 @@
 """Shards as Parquet bytes, and the schema of token shards. Page checksums on; every read is checked against a hash."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# The pyarrow stubs leave types open.
+
 from __future__ import annotations
 
 import hashlib
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +69,7 @@ class TokenShard:
 
     def to_table(self) -> pa.Table:
         width = self.ids.shape[1]
-        columns = {
+        columns: dict[str, Any] = {
             "row_id": pa.array(self.row_ids, pa.binary(ROW_ID_BYTES)),
             "ids": pa.FixedSizeListArray.from_arrays(pa.array(self.ids.reshape(-1), pa.int32()), width),
         }
@@ -73,13 +77,19 @@ class TokenShard:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> TokenShard:
-        ids = table["ids"].combine_chunks()
-        flat = ids.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
-        return cls(table["row_id"].to_pylist(), flat.reshape(table.num_rows, -1))
+        ids: Any = table["ids"].combine_chunks()
+        flat: npt.NDArray[np.int32] = ids.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
+        return cls(binary_column(table, "row_id"), flat.reshape(table.num_rows, -1))
 
     def ids_sha256(self) -> list[bytes]:
         """First 16 bytes of the SHA-256 of each row's ids, little-endian int32."""
         return [hashlib.sha256(row.astype("<i4").tobytes()).digest()[:ROW_ID_BYTES] for row in self.ids]
+
+
+def binary_column(table: pa.Table, name: str) -> list[bytes]:
+    """The values of a column of bytes, one per row."""
+    values: Any = table[name].to_pylist()
+    return values
 
 
 def read_tokens(store: Store, folder: str, record: ShardRecord) -> TokenShard:

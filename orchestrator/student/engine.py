@@ -62,7 +62,8 @@ def start_engine(job: TrainingJob) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     distiller = build_distiller(job)
-    engine, *_ = deepspeed.initialize(
+    initialize: Any = deepspeed.initialize
+    engine, *_ = initialize(
         model=distiller,
         model_parameters=parameter_groups(distiller, job.train.weight_decay),
         config=deepspeed_config(job.train),

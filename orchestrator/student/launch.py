@@ -35,7 +35,7 @@ def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: st
                     raise known from error
                 if attempt == job.train.max_restarts:
                     raise ResumableError(f"{job.stage}: training workers died {attempt + 1} times: {error}") from error
-                say(f"{job.stage}: a training worker died; retry {attempt + 1}/{job.train.max_restarts} from the last checkpoint")
+                say(f"{job.stage}: a training worker died; retry {attempt + 1}/{job.train.max_restarts}")
     model = finished_model(store, job.folder)
     assert model is not None
     return model

