@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
-from orchestrator.errors import DistillError, find_user_error
+from orchestrator.errors import DistillError, Terminated, find_user_error
 
 app = typer.Typer(
     name="distill",
@@ -30,10 +28,6 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", "-c", metavar="a.b
 AsJson = Annotated[bool, typer.Option("--json", help="Print data for machines on stdout.")]
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
 @app.command()
 def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False, dry_run: bool = False) -> None:
     """Run a job here, or continue it; finished stages are reused."""
@@ -45,7 +39,6 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False, dry_
     if dry_run:
         print(explain(plan))
         return
-    signal.signal(signal.SIGTERM, _terminate)
     from orchestrator.pipeline import run as run_plan
 
     report = run_plan(plan)
@@ -123,10 +116,6 @@ def _open_log(path: Path) -> Any:
     return LabelLog(Store(folder.parent.parent), folder.name)
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise Terminated
-
-
 def main() -> None:
     """Run the command and end with the exit code that the contract gives its outcome."""
     try:
@@ -153,6 +142,11 @@ def _explain(error: Exception) -> int:
         print(f"distill: {error.format_message()}", file=sys.stderr)
         return 2
     known: DistillError | None = find_user_error(error)
+    if known is None and "ray" in sys.modules:
+        from orchestrator.errors import ResumableError
+        from orchestrator.runtime.session import lost_cluster
+
+        known = ResumableError(f"cluster lost; run the same job again to resume: {error}") if lost_cluster(error) else None
     if known is None:
         traceback.print_exception(error)
         return 1

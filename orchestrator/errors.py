@@ -56,6 +56,10 @@ class LockedError(DistillError):
     exit_code = 7
 
 
+class Terminated(BaseException):
+    """SIGTERM arrived: no error, and nothing that an `except Exception` should swallow."""
+
+
 def one_line(message: str) -> str:
     """`message` without control characters, as one line of at most `MAX_MESSAGE_CHARS`."""
     flat = " ".join(message.split())

@@ -88,7 +88,6 @@ def export(run: Run, student: ModelFolder, report: dict[str, Any]) -> Path:
 def write_report(run: Run, report: dict[str, Any]) -> dict[str, Any]:
     """report.json, report.html and summary.md in the run directory, and in MLflow."""
     from orchestrator.report.build import write_report as write
-    from orchestrator.spec.load import resolved_yaml
 
     run.collect()
     report["throughput"]["wall_s"] = time.time() - run.started
@@ -97,7 +96,7 @@ def write_report(run: Run, report: dict[str, Any]) -> dict[str, Any]:
     ]
     report["fingerprints"] = {r.stage: r.key for r in run.stages.values()}
     with run.stage("report", fingerprint("report", report["fingerprints"])):
-        for path in write(run.folder, report, run.points(), resolved_yaml(run.job)):
+        for path in write(run.folder, report, run.points(), run.shown_job()):
             run.tracker.artifact(path)
     return report
 

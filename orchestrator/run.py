@@ -21,7 +21,7 @@ from orchestrator.runtime.session import ray_session
 from orchestrator.spec.load import resolved_yaml
 from orchestrator.store.files import Store
 from orchestrator.store.lock import exclusive
-from orchestrator.tracking.mlflow_tracker import Tracker, run_url
+from orchestrator.tracking.mlflow_tracker import Tracker, redact, run_url
 from orchestrator.tracking.names import stage_id
 from orchestrator.tracking.spool import Spool
 
@@ -98,6 +98,12 @@ class Run:
         """Keep metrics that the driver itself measured."""
         self._keep([{"stage": stage_id(stage, key), "step": step, "time_s": time.time(), "metrics": dict(metrics)}])
 
+    def shown_job(self) -> str:
+        """The resolved job as YAML, without a password that its tracking address may hold."""
+        tracking = self.job.tracking
+        shown = tracking.model_copy(update={"uri": redact(tracking.uri)}) if tracking.uri else tracking
+        return resolved_yaml(self.job.model_copy(update={"tracking": shown}))
+
     def collect(self) -> None:
         """Take what the workers have put on the board and keep it."""
         import ray
@@ -135,8 +141,8 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
     run.store.check_writable()
     with ExitStack() as stack:
         stack.enter_context(exclusive(run.folder / "lock"))
-        run.store.replace(f"{plan.run_key}/job.yaml", resolved_yaml(plan.job).encode())
-        run.store.replace(f"{plan.run_key}/plan.json", json.dumps(as_dict(plan), indent=1).encode())
+        run.store.replace(f"{plan.run_key}/job.yaml", resolved_yaml(plan.job).encode(), private=True)
+        run.store.replace(f"{plan.run_key}/plan.json", json.dumps(as_dict(plan), indent=1).encode(), private=True)
         run.spool = Spool(run.folder / "metrics.jsonl")
         run.tracker, address = _tracker(run)
         where = f"run {run.folder}  mlflow {address}"

@@ -24,9 +24,13 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 
+DISTILL = ("-m", "orchestrator.cli")
+"""`distill` for the same Python that runs the tests."""
+LABELLER, TRAINER = "MapBatches(Labeller)", "RayTrainWorker"
+"""In the title of a teacher actor's process, and of a training worker's."""
 PATIENCE_S = 300.0
 """Far more than anything takes: a busy machine must not fail a test."""
-CORPUS_BYTES = 120_000
+CORPUS_BYTES, DOCUMENT_CHARS = 120_000, 1_500
 STEPS = 300
 SHARD_ROWS = 16
 GLOBAL_BATCH = 8
@@ -41,11 +45,9 @@ def write_corpus(folder: Path) -> Path:
     """Real text of about `CORPUS_BYTES`, in files of its own, so that nothing but the test can change it."""
     folder.mkdir(parents=True)
     source = Path(sysconfig.get_paths()["stdlib"])
-    size = 0
-    for file in sorted([*source.glob("json/*.py"), *source.glob("email/*.py")]):
-        if size < CORPUS_BYTES:
-            shutil.copyfile(file, folder / f"{file.parent.name}-{file.name}")
-            size += file.stat().st_size
+    text = "".join(file.read_text() for file in sorted([*source.glob("json/*.py"), *source.glob("email/*.py")]))
+    for start in range(0, CORPUS_BYTES, DOCUMENT_CHARS):
+        (folder / f"{start:06d}.py").write_text(text[start : start + DOCUMENT_CHARS])
     return folder
 
 
@@ -88,9 +90,9 @@ def tiny_job(corpus: Path, storage: Path) -> Json:
     }
 
 
-def write_job(job: Json) -> Path:
-    """`job` as a file beside its storage; JSON is YAML."""
-    file = Path(job["storage"]).parent / f"{job['name']}.yaml"
+def write_job(job: Json, folder: Path | None = None) -> Path:
+    """`job` as a file in `folder`, or beside its storage; JSON is YAML."""
+    file = (folder or Path(job["storage"]).parent) / f"{job['name'].replace('/', '-')}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(job, indent=1))
     return file
@@ -107,6 +109,12 @@ class Ended:
     stdout: str
     stderr: str
     seconds: float
+    titles: set[str]
+    """Command lines of the processes it had started, as seen ten times a second."""
+
+    def started(self, title: str) -> bool:
+        """Whether there was a process with `title` in its command line."""
+        return any(title in seen for seen in self.titles)
 
     def assert_ok(self) -> Ended:
         assert self.code == 0, f"exit code {self.code}\n{self.stderr[-6000:]}"
@@ -114,18 +122,19 @@ class Ended:
 
 
 class Command:
-    """`distill ARGS` in a session of its own, its output in files of `folder`."""
+    """`python ARGS` in a session of its own, its output in files of `folder`."""
 
     def __init__(self, folder: Path, *args: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "stdout", folder / "stderr"
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "RAY"))}
-        command = [sys.executable, "-m", "orchestrator.cli", *map(str, args)]
+        command = [sys.executable, *map(str, args)]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._popen = subprocess.Popen(command, stdout=out, stderr=err, env=plain, start_new_session=True)
         self._started = time.monotonic()
         self._process = psutil.Process(self._popen.pid)
         self._family: dict[psutil.Process, None] = {}
+        self._titles: set[str] = set()
 
     @property
     def running(self) -> bool:
@@ -139,7 +148,9 @@ class Command:
         """Every process seen so far that the command started and that still lives."""
         with contextlib.suppress(psutil.NoSuchProcess):
             self._family |= dict.fromkeys(self._process.children(recursive=True))
-        return [p for p in self._family if alive(p)]
+        family = [p for p in self._family if alive(p)]
+        self._titles.update(map(command_line, family))
+        return family
 
     def members(self, title: str) -> list[psutil.Process]:
         """Processes of the family with `title` in their command line."""
@@ -157,7 +168,7 @@ class Command:
             self.family()
             time.sleep(0.1)
         seconds = time.monotonic() - self._started
-        return Ended(self._popen.returncode, self._out.read_text(), self.stderr, seconds)
+        return Ended(self._popen.returncode, self._out.read_text(), self.stderr, seconds, self._titles)
 
     def end(self) -> None:
         """End the command and everything that it started."""
@@ -171,7 +182,7 @@ class Command:
 
 @contextlib.contextmanager
 def started(folder: Path, *args: str | Path) -> Iterator[Command]:
-    """A running `distill ARGS`; nothing of it is left when the block ends."""
+    """A running `python ARGS`; nothing of it is left when the block ends."""
     command = Command(folder, *args)
     try:
         yield command
@@ -181,7 +192,7 @@ def started(folder: Path, *args: str | Path) -> Iterator[Command]:
 
 def distill(folder: Path, *args: str | Path) -> Ended:
     """Run `distill ARGS` to its end."""
-    with started(folder, *args) as command:
+    with started(folder, *DISTILL, *args) as command:
         return command.wait()
 
 
@@ -267,6 +278,11 @@ def statuses(storage: Path, name: str = "tiny") -> dict[str, str]:
     return {stage: record["status"] for stage, record in stages(storage, name).items()}
 
 
+def contents(folder: Path) -> dict[str, str]:
+    """Hex SHA-256 of every file in `folder`, by relative name; empty if there is no such folder."""
+    return {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
 def row_ids(folder: Path, records: list[Json]) -> Counter[bytes]:
     """How often each row id stands in the shards of `records`; every file must be what its record says."""
     found: Counter[bytes] = Counter()
@@ -302,7 +318,9 @@ class Reference:
     weights: str
     """Hex SHA-256 of the student's weights."""
     shards: int
-    seconds: float
+    labels_s: float
+    """From the start of labelling to its end."""
+    student_s: float
     """From the start of labelling to the end of the student's training."""
 
     def copy(self, folder: Path, *kept: str) -> Json:
@@ -319,9 +337,13 @@ def make_reference(folder: Path) -> Reference:
     job = tiny_job(write_corpus(folder / "corpus"), storage)
     ended = distill(folder / "log", "run", write_job(job)).assert_ok()
     assert_every_row_labelled_once(storage)
-    records = stages(storage)
-    seconds = records["student"]["started_s"] + records["student"]["seconds"] - records["labels"]["started_s"]
-    reference = Reference(job, storage, student_weights(storage), len(commits(storage)), seconds)
-    facts = {"shards": reference.shards, "run_s": round(ended.seconds, 1), "labels_and_student_s": round(seconds, 1)}
-    print(json.dumps({"reference": facts}), flush=True)
+    seconds = [stages(storage)[name]["seconds"] for name in ("labels", "student")]  # they begin together
+    reference = Reference(job, storage, student_weights(storage), len(commits(storage)), *seconds)
+    facts = {
+        "shards": reference.shards,
+        "run_s": ended.seconds,
+        "labels_s": reference.labels_s,
+        "student_s": reference.student_s,
+    }
+    print(json.dumps({"reference": {name: round(value, 1) for name, value in facts.items()}}), flush=True)
     return reference

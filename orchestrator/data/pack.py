@@ -76,7 +76,8 @@ class _Windows:
 
     @property
     def tail(self) -> int:
-        return len(self._open)
+        """Ids that are in no window yet; without BOS the first open one is also the last of the window before."""
+        return len(self._open) - (1 if self.rows and self.facts.bos is None else 0)
 
 
 def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: TokenizerFacts) -> PackedPiece:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Generator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
-from orchestrator.errors import EnvironmentFault
+from orchestrator.errors import EnvironmentFault, Terminated
 from orchestrator.runtime.environment import prepare_ray
 from orchestrator.spec.job import Cluster
 
 
 @contextmanager
-def ray_session(cluster: Cluster, cpu_slots: int, log_to_driver: bool = False) -> Iterator[str]:
-    """Hold a connection to Ray; yields a line that says to what. Raises `EnvironmentFault` if there is none to be had.
+def ray_session(cluster: Cluster, cpu_slots: int) -> Generator[None]:
+    """Hold a connection to Ray. Raises `EnvironmentFault` if there is none to be had.
 
     A process that is connected already keeps its cluster and its connection.
     """
@@ -22,16 +25,25 @@ def ray_session(cluster: Cluster, cpu_slots: int, log_to_driver: bool = False) -
     import ray
 
     if ray.is_initialized():
-        yield f"ray {ray.get_runtime_context().gcs_address}"
+        yield
         return
     try:
-        _connect(ray, cluster, cpu_slots, log_to_driver)
+        _connect(ray, cluster, cpu_slots)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise EnvironmentFault(f"cluster.address: cannot reach Ray at {cluster.address}: {error}") from error
+    _raise_on_sigterm()
     try:
-        yield f"ray {ray.get_runtime_context().gcs_address}"
+        yield
     finally:
         ray.shutdown()
+
+
+def lost_cluster(error: BaseException) -> bool:
+    """Whether `error` says that Ray, or a process that Ray ran, is gone; results on storage are not."""
+    import ray.exceptions as lost
+
+    kinds = (lost.RayActorError, lost.WorkerCrashedError, lost.ObjectLostError, lost.RpcError, lost.NodeDiedError)
+    return isinstance(error, kinds)
 
 
 def quiet_ray_data() -> None:
@@ -54,8 +66,18 @@ def check_resources(needed: dict[str, float], what: str) -> None:
             raise EnvironmentFault(f"{what} need {amount:g} {kind} at once, the cluster has {have.get(kind, 0):g}")
 
 
-def _connect(ray: Any, cluster: Cluster, cpu_slots: int, log_to_driver: bool) -> None:
-    common: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR}
+def _raise_on_sigterm() -> None:
+    """Turn SIGTERM into `Terminated`; after connecting, because Ray installs a handler that ends the process itself."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _connect(ray: Any, cluster: Cluster, cpu_slots: int) -> None:
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if cluster.address == "local":
         ray.init(address="local", num_cpus=cpu_slots, include_dashboard=cluster.dashboard, **common)
     else:

@@ -88,12 +88,14 @@ class Store:
                 temporary.unlink()
                 _sync_folder(path.parent)
 
-    def replace(self, key: str, data: bytes) -> None:
-        """Write `data` under `key`, whatever stood there. Atomic and durable."""
+    def replace(self, key: str, data: bytes, private: bool = False) -> None:
+        """Write `data` under `key`, whatever stood there; `private` for its owner's eyes only. Atomic and durable."""
         path = self.path(key)
         with storage_faults(path):
             temporary = self._write_temporary(path, data)
             try:
+                if private:
+                    temporary.chmod(0o600)
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)

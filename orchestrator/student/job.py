@@ -58,5 +58,3 @@ class TrainingJob:
     def demanded_shards(self) -> list[int]:
         """Token shards that training will touch, in the order of first use."""
         return self.order.shards_until(self.train.steps)
-
-

@@ -30,15 +30,26 @@ def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: st
                 _fit(store, job, config)
                 break
             except Exception as error:
-                known = find_user_error(error)
-                if known is not None:
-                    raise known from error
+                final = find_user_error(error) or _programming_error(error)
+                if final is not None:
+                    raise final from error
                 if attempt == job.train.max_restarts:
                     raise ResumableError(f"{job.stage}: training workers died {attempt + 1} times: {error}") from error
                 say(f"{job.stage}: a training worker died; retry {attempt + 1}/{job.train.max_restarts}")
     model = finished_model(store, job.folder)
     assert model is not None
     return model
+
+
+def _programming_error(error: Exception) -> Exception | None:
+    """The exception of a worker that trying again would only repeat.
+
+    A worker that died is reported by an exception of Ray's, and to its neighbours as a broken connection, which torch
+    raises as a RuntimeError. Whatever else a worker raised is a bug.
+    """
+    failures: list[Exception] = list(getattr(error, "worker_failures", {}).values())
+    bugs = [e for e in failures if not isinstance(e, RuntimeError) and not type(e).__module__.startswith("ray.")]
+    return bugs[0] if bugs else None
 
 
 def _fit(store: Store, job: TrainingJob, config: dict[str, Any]) -> None:

@@ -78,6 +78,10 @@ class Labeller:
         """The label columns of a whole shard; raises `DataError` for a teacher that answers nonsense."""
         columns: Columns = {}
         ids = torch.from_numpy(tokens.ids[:, :-1]).long()
+        if int(ids.max()) >= self._work.vocab_size:
+            raise DataError(
+                f"token shard {shard} holds id {int(ids.max())}, the teacher's vocabulary {self._work.vocab_size} ids"
+            )
         for start in range(0, len(ids), self._work.micro_batch):
             part = ids[start : start + self._work.micro_batch]
             logits = self._teacher.logits(part)

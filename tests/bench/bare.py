@@ -1,6 +1,6 @@
 """The floor: the same work in a plain loop, one process, no Ray, no DeepSpeed, everything preloaded. Prints one JSON line.
 
-    python tests/bench/bare.py train|label STORAGE JOB.yaml [key=value ...]
+python tests/bench/bare.py train|label STORAGE JOB.yaml [key=value ...]
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def label(store: Store, job: Job, training: TrainingJob) -> dict[str, float]:
     (teacher_key,) = store.keys("teacher")
     teacher = TransformersBackend(store.path(f"teacher/{teacher_key}/{MODEL}"), job.teacher.dtype)
     kind = label_kind(job.labels, training.vocab_size)
-    shards = [read_tokens(store, f"{training.data_folder}/train", training.manifest.train[s]) for s in training.demanded_shards()]
+    shards = [
+        read_tokens(store, f"{training.data_folder}/train", training.manifest.train[s]) for s in training.demanded_shards()
+    ]
     rows = 0
     for index, shard in enumerate(shards):
         if index == 1:

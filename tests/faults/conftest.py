@@ -6,7 +6,6 @@ import pytest
 
 from tests.tiny import Reference, make_reference
 
-
 TRIALS, SEED = 3, 0
 
 

@@ -23,8 +23,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tiny import (
+    DISTILL,
+    LABELLER,
     PATIENCE_S,
     STEPS,
+    TRAINER,
     Command,
     Ended,
     Json,
@@ -45,7 +48,7 @@ from tests.tiny import (
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
-TITLES = {"teacher": "MapBatches(Labeller)", "worker": "RayTrainWorker"}
+TITLES = {"teacher": LABELLER, "worker": TRAINER}
 MOMENTS = {
     "driver": ("time", "commits", "step", "checkpoint"),
     "teacher": ("time", "commits"),
@@ -105,6 +108,7 @@ def test_killed_and_continued(trial: int, fault_seed: int, reference: Reference,
             facts = run_trial(drawn, attempt, reference, folder)
             break
         except Late:
+            print(json.dumps({"trial": trial, "attempt": attempt, "late": True}), flush=True)
             shutil.rmtree(folder)
     else:
         pytest.fail(f"the kill never met a living process in {ATTEMPTS} attempts")
@@ -115,9 +119,11 @@ def run_trial(trial: Trial, attempt: int, reference: Reference, folder: Path) ->
     """Kill, see the run to its end, and compare; the figures of the trial."""
     job = reference.copy(folder)
     storage, file = Path(job["storage"]), write_job(job)
-    with started(folder / "log", "run", file) as run:
+    with started(folder / "log", *DISTILL, "run", file) as run:
         await_moment(trial, attempt, run, storage, reference)
         killed = kill_now(trial, run, storage)
+        if trial.kind == "teacher" and len(killed.commits) == reference.shards:
+            raise Late
         began = time.monotonic()
         assert killed.processes >= 1
         ended = see_through(trial, run, folder, file)
@@ -157,8 +163,9 @@ def await_moment(trial: Trial, attempt: int, run: Command, storage: Path, refere
     at = trial.at * 0.7**attempt
     wait_for(run, lambda: any(storage.glob("labels/*/key.json")))
     begun = time.monotonic()
+    span_s = reference.labels_s if trial.kind == "teacher" else reference.student_s
     reached: dict[str, Callable[[], Any]] = {
-        "time": lambda: time.monotonic() - begun >= at * reference.seconds,
+        "time": lambda: time.monotonic() - begun >= at * span_s,
         "commits": lambda: len(commits(storage)) > int(at * (reference.shards - 1)),
         "step": lambda: steps_seen(storage) > int(at * (STEPS - 1)),
         "checkpoint": lambda: steps_seen(storage) > int(at * (STEPS - 60)) and frozen_in_checkpoint(run, storage),
@@ -182,7 +189,7 @@ def frozen_in_checkpoint(run: Command, storage: Path) -> bool:
     """Whether the training worker stands still, stopped between making a checkpoint's folder and giving it its name."""
     if not partial_checkpoints(storage):
         return False
-    workers = run.members(TITLES["worker"])
+    workers = run.members(TRAINER)
     for worker in workers:
         worker.suspend()
     for worker in workers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from orchestrator.spec.job import Job, Tracking
 from orchestrator.spec.load import MAX_BYTES, job_schema, load_job, resolved_yaml
 from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, Replicas, TransformersTeacher
 from orchestrator.spec.train import Train
+
+ROOT = Path(__file__).parent.parent.parent
 
 FILE = "jobs/x.yaml"
 
@@ -381,3 +384,10 @@ def test_any_text_and_number_reads_back_equal(text: str, number: float) -> None:
 
 def test_schema_lists_every_section() -> None:
     assert set(job_schema()["properties"]) == set(Job.model_fields)
+
+
+def test_the_schema_that_job_files_point_editors_to_is_current() -> None:
+    file = ROOT / "orchestrator" / "spec" / "job.schema.json"
+    assert json.loads(file.read_text()) == job_schema(), "run: distill schema > orchestrator/spec/job.schema.json"
+    for job in (ROOT / "jobs").glob("*.yaml"):
+        assert job.read_text().startswith("# yaml-language-server: $schema=../orchestrator/spec/job.schema.json\n")
