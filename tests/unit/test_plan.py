@@ -126,7 +126,7 @@ def test_deepspeed_config(stage: Any, precision: Any) -> None:
     assert "fp16" not in config
     if precision == "bf16":
         assert config["bf16"] == {"enabled": True}
-        assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+        assert config.get("data_types") == ({"grad_accum_dtype": "fp32"} if stage else None), "DeepSpeed refuses it without ZeRO"
     assert json.loads(json.dumps(config)) == config
 
 
