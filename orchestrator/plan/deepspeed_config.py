@@ -33,6 +33,5 @@ def deepspeed_config(train: Train) -> dict[str, Any]:
     }
     if train.precision == "bf16":
         config["bf16"] = {"enabled": True}
-        if train.parallel.stage > 0:  # without ZeRO, DeepSpeed accumulates in the model's own type only
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config

@@ -168,7 +168,7 @@ def await_moment(trial: Trial, attempt: int, run: Command, storage: Path, refere
         "time": lambda: time.monotonic() - begun >= at * span_s,
         "commits": lambda: len(commits(storage)) > int(at * (reference.shards - 1)),
         "step": lambda: steps_seen(storage) > int(at * (STEPS - 1)),
-        "checkpoint": lambda: steps_seen(storage) > int(at * (STEPS - 60)) and frozen_in_checkpoint(run, storage),
+        "checkpoint": lambda: frozen_in_checkpoint(run, storage, int(at * (STEPS - 60))),
     }
     wait_for(run, reached[trial.moment])
     if trial.kind in TITLES:
@@ -185,24 +185,25 @@ def wait_for(run: Command, condition: Callable[[], Any]) -> None:
         time.sleep(0.001)
 
 
-def frozen_in_checkpoint(run: Command, storage: Path) -> bool:
-    """Whether the training worker stands still, stopped between making a checkpoint's folder and giving it its name."""
-    if not partial_checkpoints(storage):
+def frozen_in_checkpoint(run: Command, storage: Path, step: int) -> bool:
+    """Whether the training worker stands still between making the folder of a checkpoint after `step` and naming it."""
+    if not partial_checkpoints(storage, step):
         return False
     workers = run.members(TRAINER)
     for worker in workers:
         worker.suspend()
     for worker in workers:
         eventually(lambda w=worker: w.status() == psutil.STATUS_STOPPED, "the worker has stopped", every_s=0.001)
-    if workers and partial_checkpoints(storage):
+    if workers and partial_checkpoints(storage, step):
         return True
     for worker in workers:
         worker.resume()
     return False
 
 
-def partial_checkpoints(storage: Path) -> list[Path]:
-    return list(storage.glob("student/*/checkpoints/.tmp-*"))
+def partial_checkpoints(storage: Path, step: int = 0) -> list[Path]:
+    found = storage.glob("student/*/checkpoints/.tmp-step-*")
+    return [folder for folder in found if int(folder.name.rpartition("-")[2]) > step]
 
 
 # What.

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,10 @@ SHARD_ROWS = [7, 5, 8, 6, 4, 6]
 SEED = 11
 PATIENCE_S = 400.0
 
-FP32 = 1e-5
-"""Relative, for losses of fp32 training against float64."""
-WEIGHTS = 2e-5
-"""Absolute, for fp32 weights after five steps of about 1e-3 each."""
-BF16 = 1e-2
-"""Relative, for losses of bf16 training (8 bits of mantissa) against float64."""
-BF16_WEIGHTS = 1e-2
-"""Absolute, for weights rounded to bf16; Adam's first steps have the learning rate's size whatever the gradient's."""
+LOSSES = {"fp32": 2e-6, "bf16": 2e-4}
+"""How far losses may be from float64, relative; bf16 has 8 bits of mantissa."""
+WEIGHTS = {"fp32": 1e-3, "bf16": 0.15}
+"""How far the final weights may be from those of float64, as a share of the way they came."""
 
 LABELS: dict[str, tuple[Labels, Objective]] = {
     "sampled": (SampledLabels(samples=20), Objective(alpha=0.3)),
@@ -74,13 +72,13 @@ CASES: dict[int, list[Case]] = {
     1: [Case("sampled", 0), Case("topk", 3), Case("hard", 1), Case("shifted", 1), Case("sampled", 2, "bf16")],
     2: [
         *(Case(labels, zero) for labels in ("sampled", "topk") for zero in range(4)),
-        *(Case("sampled", zero, "bf16") for zero in range(4)),
+        *(Case("sampled", zero, "bf16") for zero in (1, 2, 3)),
     ],
     4: [Case("sampled", 0), Case("topk", 1), Case("sampled", 3)],
 }
 RESUMED: dict[int, list[Case]] = {
     1: [Case("sampled", 0), Case("sampled", 2, "bf16"), Case("topk", 3)],
-    2: [Case("sampled", zero, precision) for zero in range(4) for precision in ("fp32", "bf16")],
+    2: [case for case in CASES[2] if case.labels == "sampled"],
 }
 
 
@@ -104,7 +102,7 @@ class Bench:
             learning_rate=2e-3,
             warmup_steps=2,
             weight_decay=0.1,
-            grad_clip=0.5,
+            grad_clip=0.2,
             precision=case.precision,  # type: ignore[arg-type]
             parallel=Zero(stage=case.zero),  # type: ignore[arg-type]
             workers=world,
@@ -432,6 +430,19 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return build_bench(tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported_once() -> Iterator[None]:
+    """The heavy imports happen in one process, of which the ranks are forks; a fork of the test process would not be safe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        multiprocessing.set_forkserver_preload(
+            ["deepspeed", "orchestrator.student.worker", "transformers.models.llama.modeling_llama"]
+        )
+        forkserver.ensure_running()
+    yield
+    forkserver._forkserver._stop()
+
+
 @pytest.fixture(scope="module")
 def results(bench: Bench) -> Callable[[int], dict[str, Any]]:
     """What the trainings on so many ranks brought; they run when the first test asks."""
@@ -439,7 +450,8 @@ def results(bench: Bench) -> Callable[[int], dict[str, Any]]:
     @cache
     def of(world: int) -> dict[str, Any]:
         root = bench.store.root.parent
-        started, context = time.monotonic(), mp.spawn(rank_main, (world, root, bench), world, join=False)
+        started = time.monotonic()
+        context = mp.start_processes(rank_main, (world, root, bench), world, join=False, start_method="forkserver")
         assert context is not None
         while not context.join(timeout=1):
             if time.monotonic() - started > PATIENCE_S:
@@ -469,6 +481,13 @@ def deviation(losses: list[list[float]], expected: list[list[float]]) -> float:
     )
 
 
+def detour(weights: Weights, true: Weights, fresh: Weights) -> float:
+    """Distance of `weights` from `true`, as a share of the distance that `true` has come from `fresh`."""
+    off = sum(float(((weights[name].double() - true[name]) ** 2).sum()) for name in weights)
+    way = sum(float(((fresh[name].double() - true[name]) ** 2).sum()) for name in weights)
+    return math.sqrt(off / way)
+
+
 def trained_weights(bench: Bench, case: Case, world: int) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -481,28 +500,28 @@ IDS = [f"{world} ranks {case.name}" for world, case in ALL]
 
 @pytest.mark.parametrize(("world", "case"), ALL, ids=IDS)
 def test_losses_and_weights_equal_the_reference(bench: Bench, results: Any, expected: Any, world: int, case: Case) -> None:
-    true_losses, true_weights = expected(Case("sampled", 0) if case.labels == "shifted" else case)
-    losses = results(world)[case.name]["losses"]
+    true_losses, true_weights = expected("sampled" if case.labels == "shifted" else case.labels)
+    weights, fresh = trained_weights(bench, case, world), build_model(model_of(case), VOCAB, SEED, "student").state_dict()
+    off, around = deviation(results(world)[case.name]["losses"], true_losses), detour(weights, true_weights, fresh)
+    print(f"losses off by {off:.1e}, weights by {around:.1e}")
     if case.labels == "shifted":
-        assert deviation(losses, true_losses) > 100 * FP32, "labels one position late must be noticed"
+        assert off > 100 * LOSSES["bf16"], "labels one position late must be noticed"
+        assert around > 2 * WEIGHTS["bf16"]
         return
-    weights = trained_weights(bench, case, world)
+    assert off < LOSSES[case.precision]
+    assert around < WEIGHTS[case.precision]
     assert set(weights) | {"lm_head.weight"} == set(true_weights)
-    furthest = max(float((weights[name].double() - true_weights[name]).abs().max()) for name in weights)
-    print(f"losses within {deviation(losses, true_losses):.1e}, weights within {furthest:.1e}")
-    assert deviation(losses, true_losses) < (FP32 if case.precision == "fp32" else BF16)
-    assert furthest < (WEIGHTS if case.precision == "fp32" else BF16_WEIGHTS)
-    assert all(w.dtype == (torch.float32 if case.precision == "fp32" else torch.bfloat16) for w in weights.values())
+    assert {w.dtype for w in weights.values()} == {torch.float32 if case.precision == "fp32" else torch.bfloat16}
 
 
-def test_the_trainings_have_trained(bench: Bench, expected: Any) -> None:
-    """Were the reference to stand still, everything could equal it."""
-    losses, weights = expected(Case("sampled", 0))
-    fresh = build_model(model_of(Case("sampled", 0)), VOCAB, SEED, "student").state_dict()
-    moved = max(float((weights[name] - fresh[name]).abs().max()) for name in weights)
-    assert moved > 50 * WEIGHTS
-    assert moved > BF16_WEIGHTS / 2
-    assert max(abs(one[0] - losses[0][0]) for one in losses[1:]) > 100 * FP32 * losses[0][0]
+def test_the_reference_trains_and_clips(bench: Bench, expected: Any) -> None:
+    """Were it to stand still, everything could equal it."""
+    losses, _ = expected("sampled")
+    assert max(abs(one[0] / losses[0][0] - 1) for one in losses[1:]) > 10 * LOSSES["bf16"]
+    job = bench.job(Case("sampled", 0), 1)
+    model = build_model(job.model, VOCAB, SEED, "student").double()
+    dense_loss(bench, job, model, job.order.batch(0))[0].backward()
+    assert math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters())) > 1.5 * job.train.grad_clip
 
 
 RESUMES = [(world, case) for world in RESUMED for case in RESUMED[world]]
@@ -523,7 +542,7 @@ def test_a_damaged_checkpoint_is_passed_over(results: Any, world: int) -> None:
     assert found == {
         "kept": ["step-000002", "step-000003"],
         "none": 3,
-        "manifest cut": 2,
+        **({"manifest cut": 2} if world == 1 else {}),
         "manifest gone": 2,
         "a byte of the last rank": 0,
         "everything": 0,

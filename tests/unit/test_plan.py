@@ -97,9 +97,14 @@ def test_rates_stay_between_zero_and_the_peak(steps: int, warmup: int, schedule:
 # DeepSpeed.
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_deepspeed_config(stage: Any, precision: Any) -> None:
+def test_bf16_without_zero_is_refused() -> None:
+    """DeepSpeed would accumulate gradients in bf16, and take one step of AdamW on zero gradients before the first."""
+    with pytest.raises(ValidationError, match=r"bf16.*stage"):
+        Train(precision="bf16", parallel=Zero(stage=0))
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), *((p, s) for p in ("fp32", "bf16") for s in (1, 2, 3))])
+def test_deepspeed_config(precision: Any, stage: Any) -> None:
     train = Train(
         global_batch=24,
         workers=2,
@@ -126,7 +131,7 @@ def test_deepspeed_config(stage: Any, precision: Any) -> None:
     assert "fp16" not in config
     if precision == "bf16":
         assert config["bf16"] == {"enabled": True}
-        assert config.get("data_types") == ({"grad_accum_dtype": "fp32"} if stage else None), "DeepSpeed refuses it without ZeRO"
+        assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert json.loads(json.dumps(config)) == config
 
 
