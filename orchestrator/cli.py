@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import traceback
@@ -41,7 +42,8 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False, dry_
         return
     from orchestrator.pipeline import run as run_plan
 
-    report = run_plan(plan)
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints its warnings to stdout
+        report = run_plan(plan)
     if as_json:
         print(json.dumps(report))
     else:

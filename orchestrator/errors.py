@@ -76,6 +76,9 @@ def find_user_error(error: BaseException) -> DistillError | None:
         if id(current) in seen:
             continue
         seen.add(id(current))
+        cause = getattr(current, "cause", None)
+        if isinstance(cause, DistillError):  # Ray's wrapper is of the same class, but its text is a traceback
+            return cause
         if isinstance(current, DistillError):
             return current
         inner = [current.__cause__, current.__context__, getattr(current, "cause", None)]

@@ -13,13 +13,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from orchestrator.display import Display
-from orchestrator.errors import EnvironmentFault
 from orchestrator.plan.explain import as_dict
 from orchestrator.plan.make import Plan
 from orchestrator.runtime.environment import job_tags, tracking_uri
 from orchestrator.runtime.session import ray_session
 from orchestrator.spec.load import resolved_yaml
-from orchestrator.store.files import Store
+from orchestrator.store.files import Store, storage_faults
 from orchestrator.store.lock import exclusive
 from orchestrator.tracking.mlflow_tracker import Tracker, redact, run_url
 from orchestrator.tracking.names import stage_id
@@ -118,10 +117,8 @@ class Run:
 
     def _keep(self, points: list[dict[str, Any]]) -> None:
         for point in points:
-            try:
+            with storage_faults(self.spool.path):
                 self.spool.append(point["stage"], point["step"], point["metrics"], point["time_s"])
-            except OSError as error:
-                raise EnvironmentFault(f"storage {self.spool.path}: {error.strerror}") from error
             self.display.point(point["stage"].partition(":")[0], point["step"], point["metrics"])
         if points:
             self.tracker.notify()
@@ -184,10 +181,15 @@ def _close_tracker(run: Run) -> None:
 def _monitor(run: Run) -> Iterator[None]:
     """Collect from the board in the background, and once more at the end."""
     stop = threading.Event()
+    failures: list[Exception] = []
 
     def watch() -> None:
-        while not stop.wait(MONITOR_EVERY_S):
-            run.collect()
+        try:
+            while not stop.wait(MONITOR_EVERY_S):
+                run.collect()
+        except Exception as error:
+            failures.append(error)
+            run.board.abort.remote(str(error))
 
     thread = threading.Thread(target=watch, name="monitor", daemon=True)
     thread.start()
@@ -196,6 +198,8 @@ def _monitor(run: Run) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+        if failures:
+            raise failures[0]
         run.collect()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import SpecError
 from orchestrator.plan.batch import Batch
 from orchestrator.plan.deepspeed_config import deepspeed_config
 from orchestrator.plan.memory import WorkerMemory, label_bytes_per_token, parameter_count, worker_memory
@@ -60,6 +61,8 @@ class Plan:
 
 def make_plan(job: Job) -> Plan:
     """The plan of `job`. Pure; needs no cluster, no storage and no model library."""
+    if "://" in job.storage:
+        raise SpecError(f"storage: {job.storage} is not a directory; object stores are not supported yet")
     vocab = vocabulary(job)
     label_rows = job.train.steps * job.train.global_batch
     per_token = label_bytes_per_token(job.labels, vocab or 1 << 17)

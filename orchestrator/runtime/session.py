@@ -50,10 +50,11 @@ def quiet_ray_data() -> None:
     """No progress bars and no log of Ray Data's own: the driver draws one display for the whole run."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # wrapped by Ray Data, it would lose its cause on the way to the driver
 
 
 def check_resources(needed: dict[str, float], what: str) -> None:

@@ -26,9 +26,10 @@ def exclusive(path: Path) -> Generator[None]:
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
             raise LockedError(f"{path.parent} is locked by {holder}") from None
-        os.ftruncate(descriptor, 0)
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        os.pwrite(descriptor, f"{socket.gethostname()}:{os.getpid()} since {since}".encode(), 0)
+        with storage_faults(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{socket.gethostname()}:{os.getpid()} since {since}".encode(), 0)
         yield
     finally:
         os.close(descriptor)

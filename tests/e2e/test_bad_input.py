@@ -253,6 +253,7 @@ def test_a_disk_that_fills_up_while_labels_are_written(job: Json, teacher: Path,
     storage = small_disk / "store"
     few = taught(job, teacher) | {"storage": str(storage)}
     few["train"] = few["train"] | {"steps": 300}
+    few["data"] = few["data"] | {"seq_len": 64}  # so that every shard is demanded
     prepare(few, tmp_path)
     used = (shutil.disk_usage(small_disk).used + 1023) // 1024
     resize(small_disk, used + 400)

@@ -13,6 +13,7 @@ import pytest
 
 from tests.tiny import (
     LABELLER,
+    SHARD_ROWS,
     STEPS,
     TRAINER,
     Ended,
@@ -235,6 +236,17 @@ def flip_mantissa_bit(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-4] ^= 1
     file.write_bytes(data)
+
+
+def test_a_teacher_held_close_to_its_student_does_not_starve_it(copied: Json) -> None:
+    """One step needs more shards than the teacher may be ahead."""
+    storage = Path(copied["storage"])
+    shutil.rmtree(storage / "labels")
+    train = copied["train"] | {"steps": 20, "global_batch": 3 * SHARD_ROWS}
+    held = {"labels": copied["labels"] | {"run_ahead": 1}, "evaluate": {"rows": 8, "baseline": False}}
+    found = run(copied | {"train": train} | held)
+    assert found.report["labels"]["shards"] == len(commits(storage)) >= 60
+    assert found.report["throughput"]["teacher_wait_fraction"] > 0
 
 
 # Workers.

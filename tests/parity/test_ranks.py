@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver
@@ -45,7 +45,7 @@ PATIENCE_S = 400.0
 
 LOSSES = {"fp32": 2e-6, "bf16": 2e-4}
 """How far losses may be from float64, relative; bf16 has 8 bits of mantissa."""
-WEIGHTS = {"fp32": 1e-3, "bf16": 0.15}
+WEIGHTS = {"fp32": 1e-4, "bf16": 0.15}
 """How far the final weights may be from those of float64, as a share of the way they came."""
 
 LABELS: dict[str, tuple[Labels, Objective]] = {
@@ -53,6 +53,9 @@ LABELS: dict[str, tuple[Labels, Objective]] = {
     "topk": (TopkLabels(kind="topk", k=6, temperatures=(1.0, 2.0)), Objective(alpha=0.2, temperature=2.0)),
     "shifted": (SampledLabels(samples=20), Objective(alpha=0.3)),
 }
+
+
+Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def rate(train: Train, step: int) -> float:
     return train.learning_rate * (0.1 + 0.9 * (1 + turn) / 2)
 
 
-def reference(bench: Bench, job: TrainingJob) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+def reference(bench: Bench, job: TrainingJob) -> tuple[list[list[float]], Weights]:
     """(loss, CE, KL) of every step and the final weights."""
     train, model = job.train, build_model(job.model, VOCAB, SEED, "student").double()
     order = TrainingOrder(SHARD_ROWS, SEED, ROWS)
@@ -431,16 +434,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def imported_once() -> Iterator[None]:
+def imported_once() -> None:
     """The heavy imports happen in one process, of which the ranks are forks; a fork of the test process would not be safe."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
-        multiprocessing.set_forkserver_preload(
-            ["deepspeed", "orchestrator.student.worker", "transformers.models.llama.modeling_llama"]
-        )
+        heavy = ["deepspeed", "orchestrator.student.worker", "transformers.models.llama.modeling_llama"]
+        multiprocessing.set_forkserver_preload(heavy)
         forkserver.ensure_running()
-    yield
-    forkserver._forkserver._stop()
 
 
 @pytest.fixture(scope="module")
@@ -465,12 +465,8 @@ def results(bench: Bench) -> Callable[[int], dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def expected(bench: Bench) -> Callable[[Case], tuple[list[list[float]], dict[str, torch.Tensor]]]:
-    @cache
-    def of(labels: str) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
-        return reference(bench, bench.job(Case(labels, 0), 1))
-
-    return lambda case: of(case.labels)
+def expected(bench: Bench) -> Callable[[str], tuple[list[list[float]], Weights]]:
+    return cache(lambda labels: reference(bench, bench.job(Case(labels, 0), 1)))
 
 
 def deviation(losses: list[list[float]], expected: list[list[float]]) -> float:
@@ -488,7 +484,7 @@ def detour(weights: Weights, true: Weights, fresh: Weights) -> float:
     return math.sqrt(off / way)
 
 
-def trained_weights(bench: Bench, case: Case, world: int) -> dict[str, torch.Tensor]:
+def trained_weights(bench: Bench, case: Case, world: int) -> Weights:
     from safetensors.torch import load_file
 
     return load_file(bench.store.path(f"{bench.job(case, world).folder}/model/model.safetensors"))
@@ -501,11 +497,12 @@ IDS = [f"{world} ranks {case.name}" for world, case in ALL]
 @pytest.mark.parametrize(("world", "case"), ALL, ids=IDS)
 def test_losses_and_weights_equal_the_reference(bench: Bench, results: Any, expected: Any, world: int, case: Case) -> None:
     true_losses, true_weights = expected("sampled" if case.labels == "shifted" else case.labels)
-    weights, fresh = trained_weights(bench, case, world), build_model(model_of(case), VOCAB, SEED, "student").state_dict()
-    off, around = deviation(results(world)[case.name]["losses"], true_losses), detour(weights, true_weights, fresh)
+    losses, weights = results(world)[case.name]["losses"], trained_weights(bench, case, world)
+    fresh = build_model(model_of(case), VOCAB, SEED, "student").state_dict()
+    off, around = deviation(losses, true_losses), detour(weights, true_weights, fresh)
     print(f"losses off by {off:.1e}, weights by {around:.1e}")
     if case.labels == "shifted":
-        assert off > 100 * LOSSES["bf16"], "labels one position late must be noticed"
+        assert off > 10 * LOSSES["bf16"], "labels one position late must be noticed"
         assert around > 2 * WEIGHTS["bf16"]
         return
     assert off < LOSSES[case.precision]
