@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from orchestrator.errors import SpecError
@@ -33,7 +34,7 @@ def model_config(model: Model, vocab_size: int, section: str) -> PreTrainedConfi
     values: dict[str, Any] = {**model.config, "vocab_size": vocab_size}
     try:
         return AutoConfig.for_model(model.type, **values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise SpecError(f"{section}.model.config: {error}") from error
 
 

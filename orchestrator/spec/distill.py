@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from orchestrator.spec.base import Spec
 
@@ -16,6 +16,13 @@ class LabelsBase(Spec):
     """Temperatures the labels are exact at; an objective may use any of these without relabelling."""
     run_ahead: int | None = Field(default=None, ge=1)
     """Shards the teacher may label ahead of the student; null: as fast as it can (labels are kept anyway)."""
+
+    @field_validator("temperatures")
+    @classmethod
+    def _told_apart(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len({f"{t:g}" for t in values}) < len(values):
+            raise ValueError("two temperatures are the same to six digits")
+        return values
 
 
 class SampledLabels(LabelsBase):

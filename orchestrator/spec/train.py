@@ -50,6 +50,8 @@ class Train(Spec):
             raise ValueError(
                 f"{self.global_batch // self.workers} rows per worker do not divide into micro_batch {self.micro_batch}"
             )
+        if self.precision == "bf16" and self.parallel.stage == 0:
+            raise ValueError("precision bf16 needs parallel.stage 1 or more: below it DeepSpeed has no exact master weights")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
         return self

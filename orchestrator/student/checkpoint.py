@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from orchestrator.errors import IntegrityError
 from orchestrator.store.files import Store
 from orchestrator.store.records import MANIFEST, FileRecord, Record, describe_folder
 
@@ -71,7 +72,10 @@ def _steps(store: Store, folder: str) -> list[str]:
 def _newest_intact(store: Store, folder: str) -> str | None:
     for name in reversed(_steps(store, folder)):
         key = f"{folder}/checkpoints/{name}"
-        manifest = CheckpointManifest.load(store, f"{key}/{MANIFEST}")
+        try:
+            manifest = CheckpointManifest.load(store, f"{key}/{MANIFEST}")
+        except IntegrityError:
+            manifest = None
         files = {n: r for n, r in describe_folder(store.path(key)).items() if n != MANIFEST}
         if manifest is not None and files == manifest.files:
             return name

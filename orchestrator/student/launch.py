@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -33,6 +34,9 @@ def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: st
                 final = find_user_error(error) or _programming_error(error)
                 if final is not None:
                     raise final from error
+                aborted: str | None = ray.get(board.aborted.remote())
+                if aborted:
+                    raise ResumableError(f"{job.stage}: a training worker died, and the run is ending: {aborted}") from error
                 if attempt == job.train.max_restarts:
                     raise ResumableError(f"{job.stage}: training workers died {attempt + 1} times: {error}") from error
                 say(f"{job.stage}: a training worker died; retry {attempt + 1}/{job.train.max_restarts}")

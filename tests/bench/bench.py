@@ -92,7 +92,7 @@ def side_by_side(storage: Path) -> dict[str, float]:
 
 def distill(storage: Path) -> dict[str, Any]:
     command = [BIN / "distill", "run", JOB, "--json", *settings(storage)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

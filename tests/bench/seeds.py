@@ -1,4 +1,6 @@
-"""Does distillation beat hard labels? The quickstart over three seeds, teacher and student both seeded anew; reuses what `make quickstart` left.
+"""Does distillation beat hard labels? The quickstart over three seeds, teacher and student both seeded anew.
+
+Reuses what `make quickstart` left.
 
 make seeds          prints JSON and writes it to tests/bench/results/seeds.json
 """

@@ -199,7 +199,7 @@ def test_a_model_that_transformers_refuses_is_the_fault_of_the_job_file(model: M
 
 def test_memory_by_zero_stage() -> None:
     """Rajbhandari et al. 2020, 16 bytes a parameter in mixed precision here with fp32 gradients: 2 + 4 + 12."""
-    for stage, expected in enumerate(([2, 4, 12], [2, 4, 3], [2, 1, 3], [0.5, 1, 3])):
+    for stage, expected in ((1, [2, 4, 3]), (2, [2, 1, 3]), (3, [0.5, 1, 3])):
         train = Train(workers=4, global_batch=16, micro_batch=2, precision="bf16", parallel=Zero(stage=stage))  # type: ignore[arg-type]
         memory = worker_memory(1000, train, 10, 50)
         assert [memory.weights, memory.gradients, memory.optimizer] == [e * 1000 for e in expected]
