@@ -18,6 +18,7 @@ def run(plan: Plan, display: Display | None = None) -> dict[str, Any]:
     """
     steps.check_models(plan.job)
     with open_run(plan, display or Display()) as run:
+        steps.check_cluster(run)
         teacher = steps.fetch_teacher(run)
         tokens = steps.tokenize(run, teacher)
         teacher = teacher or steps.pretrain_teacher(run, tokens)

@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator.data.prepare import identify_corpus, prepare_tokens, prepared_tokens
 from orchestrator.errors import SpecError
 from orchestrator.plan.fingerprint import fingerprint
+from orchestrator.plan.make import vocabulary
 from orchestrator.run import Run
 from orchestrator.runtime.session import check_resources
 from orchestrator.spec.job import Job
@@ -23,6 +24,8 @@ from orchestrator.student.job import Soft, TrainingJob
 from orchestrator.tracking import names
 
 ABORT_GRACE_S = 30.0
+UNKNOWN_VOCABULARY = 1 << 15
+"""Stands in for the vocabulary of a teacher that is not fetched yet, while a job file is checked."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,21 @@ def check_models(job: Job) -> None:
     """Raise `SpecError` for a model section that transformers would not build, before anything costs time."""
     from orchestrator.models.build import model_config
 
-    vocabulary = job.student.model.config.get("vocab_size", 1 << 15)
-    model_config(job.student.model, vocabulary if isinstance(vocabulary, int) else 0, "student")
+    ids = vocabulary(job) or UNKNOWN_VOCABULARY
+    model_config(job.student.model, ids, "student")
     if isinstance(job.teacher, PretrainTeacher):
-        vocabulary = job.teacher.model.config.get("vocab_size", 1 << 15)
-        model_config(job.teacher.model, vocabulary if isinstance(vocabulary, int) else 0, "teacher")
+        model_config(job.teacher.model, ids, "teacher")
+
+
+def check_cluster(run: Run) -> None:
+    """Raise `EnvironmentFault` if the cluster could never hold what runs at the same time."""
+    spec, train = run.job.teacher, run.job.train
+    pool = {"CPU": spec.replicas.min * spec.cpus_per_replica, "GPU": spec.replicas.min * spec.gpus_per_replica}
+    workers = {"CPU": train.workers * train.cpus_per_worker, "GPU": train.workers * train.gpus_per_worker}
+    check_resources({kind: pool[kind] + workers[kind] for kind in pool}, "teacher pool and student")
+    if isinstance(spec, PretrainTeacher):
+        own = spec.train
+        check_resources({"CPU": own.workers * own.cpus_per_worker, "GPU": own.workers * own.gpus_per_worker}, "teacher.train")
 
 
 def fetch_teacher(run: Run) -> ModelFolder | None:
@@ -156,6 +169,7 @@ def _label_missing(
     from orchestrator.teacher.pool import label_shards
 
     spec = run.job.teacher
+    behind = finished_model(run.store, labelling.student.folder) is None  # a finished student does not hold its teacher back
     position = {shard: i for i, shard in enumerate(labelling.demand)}
     work = Work(
         store=run.store,
@@ -163,7 +177,7 @@ def _label_missing(
         model=teacher.path,
         vocab_size=teacher.manifest.vocab_size,
         dtype=spec.dtype,
-        labels=run.job.labels,
+        labels=run.job.labels if behind else run.job.labels.model_copy(update={"run_ahead": None}),
         log_key=labelling.log.key,
         micro_batch=spec.micro_batch,
         threads=max(1, int(spec.cpus_per_replica)),
@@ -245,10 +259,6 @@ class SideBySide:
 @contextmanager
 def side_by_side(run: Run) -> Iterator[SideBySide]:
     """Wait for all steps started inside; if one fails, tell the others that they wait in vain and raise its error."""
-    spec, train = run.job.teacher, run.job.train
-    cpus = spec.replicas.min * spec.cpus_per_replica + train.workers * train.cpus_per_worker
-    gpus = spec.replicas.min * spec.gpus_per_replica + train.workers * train.gpus_per_worker
-    check_resources({"CPU": cpus, "GPU": gpus}, "teacher pool and student")
     work = SideBySide()
     yield work
     ended, _ = wait(work.futures, return_when=FIRST_EXCEPTION)

@@ -63,9 +63,14 @@ class TrainingOrder:
 
     def shards_until(self, steps: int) -> list[int]:
         """Every shard that the first `steps` steps touch, once, in the order of its first use."""
+        shards, _ = self._epoch(0)
+        return [int(s) for s in shards[: self.shard_count_until(steps)]]
+
+    def shard_count_until(self, steps: int) -> int:
+        """How many shards the first `steps` steps touch."""
         rows = min(steps * self._global_batch, self.rows_per_epoch)
-        shards, starts = self._epoch(0)
-        return [int(s) for s in shards[: int(np.searchsorted(starts, rows, side="left"))]]
+        _, starts = self._epoch(0)
+        return int(np.searchsorted(starts, rows, side="left"))
 
     def _at(self, position: int) -> tuple[int, int]:
         epoch, offset = divmod(position, self.rows_per_epoch)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orchestrator.errors import IntegrityError
+from orchestrator.errors import EnvironmentFault, IntegrityError
 from orchestrator.store.files import Store
 from orchestrator.store.records import MANIFEST, FileRecord, Record, describe_folder
 
@@ -38,7 +38,12 @@ def save_checkpoint(engine: Any, store: Store, folder: str, step: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
+    try:
+        engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
+    except RuntimeError as error:  # torch reports a failed write as an error of its container
+        if "inline_container" in str(error):
+            raise EnvironmentFault(f"disk full or failing at {partial}: a checkpoint could not be written") from error
+        raise
     dist.barrier()
     if dist.get_rank() == 0:
         manifest = CheckpointManifest(step=step, files=describe_folder(partial))

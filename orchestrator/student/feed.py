@@ -49,16 +49,23 @@ class _Shard:
 class Feed:
     """Micro-batches of one data-parallel rank, step by step."""
 
-    def __init__(self, store: Store, job: TrainingJob, rank: int, world: int, aborted: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        job: TrainingJob,
+        rank: int,
+        world: int,
+        aborted: Callable[[], str | None],
+        reached: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.waited_s = 0.0
-        self.shards_started = 0
-        """How far into the demand training has read, in shards."""
         self._store = store
         self._job = job
         self._rank, self._world = rank, world
         self._aborted = aborted
+        self._reached = reached
+        """Told, before each step is read, how many shards of the demand training needs by then."""
         self._order = job.order
-        self._position = {shard: i for i, shard in enumerate(job.demanded_shards())}
         self._micro_rows = Batch.of(job.train).micro_rows
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._log = LabelLog(store, job.soft.log_key) if job.soft else None
@@ -87,6 +94,7 @@ class Feed:
     def _read(self, first: int, ready: queue.Queue[object], stop: threading.Event) -> None:
         try:
             for step in range(first, self._job.train.steps):
+                self._reached(self._order.shard_count_until(step + 1))  # before their labels are waited for
                 rows = self._order.share(step, self._rank, self._world)
                 micro = [self._gather(rows[i : i + self._micro_rows]) for i in range(0, len(rows), self._micro_rows)]
                 while not stop.is_set():
@@ -115,7 +123,6 @@ class Feed:
         if shard in self._shards:
             self._shards.move_to_end(shard)
             return self._shards[shard]
-        self.shards_started = max(self.shards_started, self._position[shard] + 1)
         tokens = read_tokens(self._store, f"{self._job.data_folder}/train", self._job.manifest.train[shard])
         loaded = _Shard(tokens, self._labels(shard, tokens))
         self._shards[shard] = loaded

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from orchestrator.errors import ResumableError
 from orchestrator.plan.schedule import learning_rate
-from orchestrator.runtime.board import FIRST_STEP, STUDENT_SHARDS
+from orchestrator.runtime.board import FIRST_STEP
 from orchestrator.student.feed import Feed
 from orchestrator.student.job import TrainingJob
 from orchestrator.tracking import names
@@ -59,7 +59,6 @@ class Meter:
         points[-1][1].update(pace)
         if dist.get_rank() == 0:
             self._board.post.remote(names.stage_id(self._job.stage, self._job.key), points)
-            self._board.set_progress.remote(f"{self._job.stage}.{STUDENT_SHARDS}", self._feed.shards_started)
         self._pending, self._flushed, self._waited = [], now, self._feed.waited_s
 
     def summary(self) -> dict[str, float]:

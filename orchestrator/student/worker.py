@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from orchestrator.models.build import DTYPES
 from orchestrator.plan.schedule import learning_rate
+from orchestrator.runtime.board import STUDENT_SHARDS
 from orchestrator.runtime.environment import limit_threads, prepare_deepspeed
 from orchestrator.store.files import Store
 from orchestrator.store.records import MODEL, finish_model
@@ -30,7 +31,13 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
     torch.set_num_threads(threads)
     prepare_deepspeed(on_gpu=job.train.gpus_per_worker > 0)
     context = ray.train.get_context()
-    feed = Feed(store, job, context.get_world_rank(), context.get_world_size(), lambda: ray.get(board.aborted.remote()))
+    rank, world = context.get_world_rank(), context.get_world_size()
+
+    def reached(shards: int) -> None:
+        if rank == 0:
+            board.set_progress.remote(f"{job.stage}.{STUDENT_SHARDS}", shards)
+
+    feed = Feed(store, job, rank, world, lambda: ray.get(board.aborted.remote()), reached)
     engine = start_engine(job)
     first = restore_checkpoint(engine, store, job.folder)
     meter = Meter(job, board, feed)
