@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -95,7 +96,7 @@ def _convert_task(store: Store, stage_key: str, file: Path, dtype: str) -> None:
     with store.folder_for(f"{stage_key}/{MODEL}") as folder:
         source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=DTYPES[dtype])
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=DTYPES[dtype])
         # Its weights are plain tensors by now; transformers still thinks of it as quantized and would not save it.
         model.hf_quantizer = None
         del model.config.quantization_config
