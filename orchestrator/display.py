@@ -29,6 +29,8 @@ class _Row:
     total: int = 0
     first: int = 0
     """`done` when the stage was first heard of: what a resumed run had already."""
+    first_at: float = 0.0
+    """When that was; starting up says nothing about the pace."""
     metrics: dict[str, float] = field(default_factory=dict)
 
     def detail(self) -> str:
@@ -42,7 +44,7 @@ class _Row:
         )
         parts += [text.format(self.metrics[name]) for name, text in shown if name in self.metrics]
         if self.status == "running" and self.done > self.first:
-            left = (self.total - self.done) * (time.time() - self.started) / (self.done - self.first)
+            left = (self.total - self.done) * (time.time() - self.first_at) / (self.done - self.first)
             parts.append(f"{left:,.0f} s left")
         return "  ".join(parts)
 
@@ -104,7 +106,8 @@ class Display:
         with self._mutex:
             row = self._rows.setdefault(stage, _Row())
             done = step if stage == "labels" else step + 1
-            row.first = row.first or done
+            if not row.first_at:
+                row.first, row.first_at = done, time.time()
             row.done = max(row.done, done)
             row.metrics.update(metrics)
         if self._live is None and time.time() - self._said > PLAIN_EVERY_S:
