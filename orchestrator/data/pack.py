@@ -46,7 +46,7 @@ class _Windows:
     documents: int = 0
 
     def add(self, document: str, ids: list[int]) -> None:
-        """Append a document (by content hash) and cut the windows it completes.
+        """Append a document (by content hash and name) and cut the windows it completes.
 
         A window begins with the BOS id where the tokenizer uses one; otherwise two neighbours share one id. Either
         way every id of the stream is a target exactly once.
@@ -92,11 +92,11 @@ def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: Token
     train, heldout = _Windows(data.seq_len, facts), _Windows(data.seq_len, facts)
     skipped = 0
     tokenizer = store.path(f"{folder}/tokenizer/tokenizer.json")
-    for document, ids in _tokenized(data, piece, tokenizer):
+    for name, content, ids in _tokenized(data, piece, tokenizer):
         if ids is None:
             skipped += 1
             continue
-        (heldout if _is_heldout(document, data) else train).add(document, ids)
+        (heldout if _is_heldout(content, data) else train).add(f"{content}:{name}", ids)
     packed = PackedPiece(
         train=_store_rows(store, f"{folder}/train", data, piece, train),
         heldout=_store_rows(store, f"{folder}/heldout", data, piece, heldout),
@@ -109,8 +109,8 @@ def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: Token
     return packed
 
 
-def _tokenized(data: Data, piece: Piece, tokenizer_file: Path) -> Iterator[tuple[str, list[int] | None]]:
-    """(content hash, ids) of every document; ids is None for one that is skipped."""
+def _tokenized(data: Data, piece: Piece, tokenizer_file: Path) -> Iterator[tuple[str, str, list[int] | None]]:
+    """(name, content hash, ids) of every document; ids is None for one that is skipped."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
@@ -120,8 +120,7 @@ def _tokenized(data: Data, piece: Piece, tokenizer_file: Path) -> Iterator[tuple
         texts = [decode_document(data, name, raw) for name, raw in group]
         encoded = iter(tokenizer.encode_batch([t for t in texts if t], add_special_tokens=False))
         for (name, raw), text in zip(group, texts, strict=True):
-            content = hashlib.sha256(name.encode("utf-8", errors="replace") + b"\0" + raw).hexdigest()
-            yield content, next(encoded).ids if text else None
+            yield name, hashlib.sha256(raw).hexdigest(), next(encoded).ids if text else None
 
 
 def _groups(documents: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
@@ -135,13 +134,14 @@ def _groups(documents: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, 
         yield group
 
 
-def _is_heldout(document: str, data: Data) -> bool:
-    draw = hashlib.sha256(f"{data.seed}:{document}".encode()).digest()
+def _is_heldout(content: str, data: Data) -> bool:
+    """By content alone: the split does not depend on where a corpus lies, and copies of a text stay on one side."""
+    draw = hashlib.sha256(f"{data.seed}:{content}".encode()).digest()
     return int.from_bytes(draw[:8], "big") < data.heldout_fraction * 2**64
 
 
 def _row_id(document: str, position: int) -> bytes:
-    return hashlib.sha256(f"{document}:{position}".encode()).digest()[:ROW_ID_BYTES]
+    return hashlib.sha256(f"{document}:{position}".encode(errors="replace")).digest()[:ROW_ID_BYTES]
 
 
 def _store_rows(store: Store, folder: str, data: Data, piece: Piece, windows: _Windows) -> tuple[ShardRecord, ...]:

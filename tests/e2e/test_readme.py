@@ -54,7 +54,7 @@ def distill(line: str, storage: Path) -> subprocess.CompletedProcess[str]:
         (key,) = (storage / "labels").iterdir()
         words = [w.replace("KEY", key.name) for w in words]
     if words[1] in ("run", "plan"):
-        text = sorted(str(p) for p in (ROOT / "orchestrator").glob("*.py"))
+        text = sorted(str(p) for p in (ROOT / "orchestrator").rglob("*.py"))
         settings = [*SMALL, f"data.source.paths={json.dumps(text)}", f"storage={storage}"]
         words += [part for setting in settings for part in ("--set", setting)]
     return subprocess.run([BIN / words[0], *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -129,7 +129,7 @@ def test_run_directory_is_complete(first: Finished) -> None:
     assert {record["status"] for record in first.stages.values()} == {"ran"}
     assert first.ended.started(LABELLER) and first.ended.started(TRAINER)
     page = (first.folder / "report.html").read_text()
-    assert "<html" in page and f"{first.report['student']['heldout_ce_nats']:.3f}" in page
+    assert "<html" in page and f"{first.report['student']['heldout_ce_nats']:.4f}" in page
     assert "tiny" in (first.folder / "summary.md").read_text()
     assert [p["step"] for p in metric_points(first.storage, "student")] == list(range(STEPS))
 
