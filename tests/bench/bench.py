@@ -26,6 +26,7 @@ ROUNDS = 1
 """Rounds of everything; more on a quiet machine, a round takes about six minutes."""
 SETTINGS = [
     "teacher.train.steps=10",
+    "teacher.train.warmup_steps=1",
     "teacher.train.checkpoint_every=1000",
     "train.steps=80",
     "evaluate.baseline=false",
