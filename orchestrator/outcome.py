@@ -23,7 +23,7 @@ def evaluate(
     run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolder, baseline: ModelFolder | None
 ) -> dict[str, dict[str, float]]:
     """Figures of teacher, student and baseline on the same held-out windows."""
-    from orchestrator.evaluate.measure import Subject, measure
+    from orchestrator.evaluate.measure import Heldout, Subject, measure
 
     job = run.job
     precision = job.train.precision
@@ -34,7 +34,8 @@ def evaluate(
     with run.stage("evaluate", key) as stage:
         cpus = max(1, min(run.plan.cpu_slots, os.cpu_count() or 1)) if job.cluster.address == "local" else 1
         spec = job.evaluate
-        figures = measure(run.store, tokens.folder, tokens.manifest, subjects, spec.rows, spec.micro_batch, cpus)
+        heldout = Heldout(run.store, tokens.folder, tokens.manifest, spec.rows)
+        figures = measure(heldout, subjects, spec.micro_batch, cpus)
         for name in subjects:
             stage.figures |= {f"{name}/{figure}": value for figure, value in figures[name].items()}
     return figures

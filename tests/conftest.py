@@ -64,6 +64,7 @@ class TokenizedCorpus:
 def tokenized(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> TokenizedCorpus:
     """The corpus as token shards, packed in this process without a cluster. Read it, do not change it."""
     from orchestrator.data.pack import pack_piece
+    from orchestrator.data.prepare import token_manifest
     from orchestrator.data.sources import list_pieces
     from orchestrator.data.tokenizer import tokenizer_facts, train_tokenizer
 
@@ -76,17 +77,6 @@ def tokenized(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Tokeniz
         train_tokenizer(data, tokenizer, pieces, built)
     facts = tokenizer_facts(store.path(f"{folder}/tokenizer"))
     packed = [pack_piece(store, folder, data, piece, facts) for piece in pieces]
-    manifest = TokenManifest(
-        fingerprint="corpus",
-        seq_len=data.seq_len,
-        vocab_size=facts.vocab_size,
-        tokenizer_sha256=facts.sha256,
-        train=tuple(record for piece in packed for record in piece.train),
-        heldout=tuple(record for piece in packed for record in piece.heldout),
-        documents=sum(p.documents for p in packed),
-        heldout_documents=sum(p.heldout_documents for p in packed),
-        skipped_documents=sum(p.skipped_documents for p in packed),
-        dropped_tail_tokens=sum(p.dropped_tail_tokens for p in packed),
-    )
+    manifest = token_manifest("corpus", data, facts, packed)
     manifest.save(store, f"{folder}/manifest.json")
     return TokenizedCorpus(store, folder, data, manifest)

@@ -19,6 +19,8 @@ from orchestrator.store.records import Record, ShardRecord
 from orchestrator.store.shards import ROW_ID_BYTES, TokenShard, put_shard
 
 DOCUMENTS_PER_CALL = 64
+HELDOUT_WINDOWS_PER_DOCUMENT = 16
+"""What one held-out document may add: a single long one must not become the measure of everything."""
 
 
 class PackedPiece(Record):
@@ -29,7 +31,7 @@ class PackedPiece(Record):
     documents: int
     heldout_documents: int
     skipped_documents: int
-    dropped_tail_tokens: int
+    dropped_tokens: int
 
 
 @dataclass
@@ -90,20 +92,25 @@ def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: Token
     if done is not None:
         return done
     train, heldout = _Windows(data.seq_len, facts), _Windows(data.seq_len, facts)
-    skipped = 0
+    skipped = cut = 0
+    most = HELDOUT_WINDOWS_PER_DOCUMENT * data.seq_len
     tokenizer = store.path(f"{folder}/tokenizer/tokenizer.json")
     for name, content, ids in _tokenized(data, piece, tokenizer):
         if ids is None:
             skipped += 1
             continue
-        (heldout if _is_heldout(content, data) else train).add(f"{content}:{name}", ids)
+        if _is_heldout(content, data):
+            heldout.add(f"{content}:{name}", ids[:most])
+            cut += len(ids[most:])
+        else:
+            train.add(f"{content}:{name}", ids)
     packed = PackedPiece(
         train=_store_rows(store, f"{folder}/train", data, piece, train),
         heldout=_store_rows(store, f"{folder}/heldout", data, piece, heldout),
         documents=train.documents,
         heldout_documents=heldout.documents,
         skipped_documents=skipped,
-        dropped_tail_tokens=train.tail + heldout.tail,
+        dropped_tokens=train.tail + heldout.tail + cut,
     )
     store.put_if_absent(key, packed.model_dump_json().encode())
     return packed

@@ -54,9 +54,20 @@ def prepare_tokens(store: Store, corpus: Corpus) -> TokenManifest:
         raise DataError("data.source: the corpus is empty")
     facts: TokenizerFacts = ray.get(_tokenizer_task.remote(store, corpus, pieces))
     packed = _pack_all(store, corpus, pieces, facts)
-    manifest = TokenManifest(
-        fingerprint=corpus.key,
-        seq_len=corpus.data.seq_len,
+    manifest = token_manifest(corpus.key, corpus.data, facts, packed)
+    for part, shards in (("training", manifest.train), ("held-out", manifest.heldout)):
+        if not shards:
+            count = manifest.documents if part == "training" else manifest.heldout_documents
+            raise DataError(f"data.source: {count} {part} documents do not fill one window of {manifest.seq_len} tokens")
+    manifest.save(store, f"{corpus.folder}/{MANIFEST}")
+    return manifest
+
+
+def token_manifest(key: str, data: Data, facts: TokenizerFacts, packed: list[PackedPiece]) -> TokenManifest:
+    """What the pieces of a corpus add up to."""
+    return TokenManifest(
+        fingerprint=key,
+        seq_len=data.seq_len,
         vocab_size=facts.vocab_size,
         tokenizer_sha256=facts.sha256,
         train=tuple(record for piece in packed for record in piece.train),
@@ -64,14 +75,8 @@ def prepare_tokens(store: Store, corpus: Corpus) -> TokenManifest:
         documents=sum(p.documents for p in packed),
         heldout_documents=sum(p.heldout_documents for p in packed),
         skipped_documents=sum(p.skipped_documents for p in packed),
-        dropped_tail_tokens=sum(p.dropped_tail_tokens for p in packed),
+        dropped_tokens=sum(p.dropped_tokens for p in packed),
     )
-    for part, shards in (("training", manifest.train), ("held-out", manifest.heldout)):
-        if not shards:
-            count = manifest.documents if part == "training" else manifest.heldout_documents
-            raise DataError(f"data.source: {count} {part} documents do not fill one window of {manifest.seq_len} tokens")
-    manifest.save(store, f"{corpus.folder}/{MANIFEST}")
-    return manifest
 
 
 def _pack_all(store: Store, corpus: Corpus, pieces: list[Piece], facts: TokenizerFacts) -> list[PackedPiece]:

@@ -75,12 +75,14 @@ def read_piece(source: Source, piece: Piece) -> Iterator[Document]:
 
 def _read_files(source: StdlibSource | TextSource, piece: Piece) -> Iterator[Document]:
     for path, name in piece.files:
-        yield name, Path(path).read_bytes()
+        with _readable(name):
+            content = Path(path).read_bytes()
+        yield name, content
 
 
 def _read_jsonl(source: JsonlSource, piece: Piece) -> Iterator[Document]:
     ((path, name),) = piece.files
-    with Path(path).open("rb") as file:
+    with _readable(name), Path(path).open("rb") as file:
         if piece.first:
             file.seek(piece.first - 1)
             file.readline()
@@ -175,6 +177,15 @@ def _parquet_rows(path: str) -> int:
 
     with _readable_parquet(path):
         return pq.ParquetFile(path).metadata.num_rows
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn a file that may not be read, or is gone, into a `DataError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror}") from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import ray
 import torch
 
@@ -48,38 +49,44 @@ class _Sums:
         """Per confidence bin: count, confidence, correct."""
 
 
-def measure(
-    store: Store,
-    data_folder: str,
-    manifest: TokenManifest,
-    subjects: dict[str, Subject],
-    rows: int,
-    micro_batch: int,
-    cpus: int,
-) -> dict[str, dict[str, float]]:
+@dataclass(frozen=True)
+class Heldout:
+    """Windows that no training has seen, at most `rows` of them."""
+
+    store: Store
+    data_folder: str
+    manifest: TokenManifest
+    rows: int
+
+    def windows(self) -> torch.Tensor:
+        """The windows, evenly from as many shards as `rows` allows: [rows, seq + 1]."""
+        shards = self.manifest.heldout
+        count = min(self.rows, len(shards))
+        chosen = [shards[i * len(shards) // count] for i in range(count)]
+        each, over = divmod(self.rows, count)
+        parts = [
+            read_tokens(self.store, f"{self.data_folder}/heldout", record).ids[: each + (i < over)]
+            for i, record in enumerate(chosen)
+        ]
+        return torch.from_numpy(np.concatenate(parts)).long()
+
+
+def measure(heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cpus: int) -> dict[str, dict[str, float]]:
     """Figures of each subject by name, as report.json has them; KL and agreement are against `teacher`.
 
     Raises `DataError` if a model's loss on the held-out windows is not finite.
     """
     task = _measure_task.options(num_cpus=cpus, num_gpus=1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0)
-    return ray.get(task.remote(store, data_folder, manifest, subjects, rows, micro_batch, cpus))
+    return ray.get(task.remote(heldout, subjects, micro_batch, cpus))
 
 
 @ray.remote
-def _measure_task(
-    store: Store,
-    data_folder: str,
-    manifest: TokenManifest,
-    subjects: dict[str, Subject],
-    rows: int,
-    micro_batch: int,
-    cpus: int,
-) -> dict[str, dict[str, float]]:
+def _measure_task(heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cpus: int) -> dict[str, dict[str, float]]:
     from orchestrator.models.build import load_model
 
     limit_threads(cpus)
     torch.set_num_threads(cpus)
-    windows = heldout_windows(store, data_folder, manifest, rows)
+    windows = heldout.windows()
     models = {name: load_model(s.folder, s.dtype) for name, s in subjects.items()}
     sums = {name: _Sums() for name in subjects}
     for model in models.values():  # first calls build caches; they would distort the speed of whoever comes first
@@ -95,16 +102,6 @@ def _measure_task(
             assert teacher is not None
             _accumulate(sums[name], log_probs, teacher, part[:, 1:].flatten().to(log_probs.device))
     return {name: _figures(name, sums[name], models[name], subjects[name]) for name in subjects}
-
-
-def heldout_windows(store: Store, data_folder: str, manifest: TokenManifest, rows: int) -> torch.Tensor:
-    """The first `rows` held-out windows: [rows, seq + 1]."""
-    found: list[torch.Tensor] = []
-    for record in manifest.heldout:
-        found.append(torch.from_numpy(read_tokens(store, f"{data_folder}/heldout", record).ids).long())
-        if sum(map(len, found)) >= rows:
-            break
-    return torch.cat(found)[:rows]
 
 
 @torch.inference_mode()

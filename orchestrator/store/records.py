@@ -61,7 +61,7 @@ class TokenManifest(Record):
     documents: int
     heldout_documents: int
     skipped_documents: int
-    dropped_tail_tokens: int
+    dropped_tokens: int
     """Tokens at the end of a piece that did not fill a window."""
 
     @property

@@ -9,6 +9,7 @@ The newest one that is intact is the one to resume from; a damaged one is passed
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 from typing import Any
 
@@ -61,7 +62,11 @@ def restore_checkpoint(engine: Any, store: Store, folder: str) -> int:
     if found[0] is None:
         return 0
     _allow_deepspeed_types()
-    engine.load_checkpoint(str(store.path(f"{folder}/checkpoints/{found[0]}")), tag=_TAG)
+    path = store.path(f"{folder}/checkpoints/{found[0]}")
+    try:
+        engine.load_checkpoint(str(path), tag=_TAG)
+    except pickle.UnpicklingError as error:
+        raise IntegrityError(f"checkpoint {path} holds what no checkpoint of ours holds: {error}") from error
     return int(found[0].removeprefix("step-"))
 
 
@@ -71,7 +76,8 @@ def drop_checkpoints(store: Store, folder: str) -> None:
 
 
 def _steps(store: Store, folder: str) -> list[str]:
-    return [name for name in store.keys(f"{folder}/checkpoints") if name.startswith("step-")]
+    names = [name for name in store.keys(f"{folder}/checkpoints") if name.startswith("step-")]
+    return sorted(names, key=lambda name: int(name.removeprefix("step-")))
 
 
 def _newest_intact(store: Store, folder: str) -> str | None:

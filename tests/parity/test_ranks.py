@@ -125,7 +125,7 @@ def build_bench(root: Path) -> Bench:
         tokens = TokenShard([rng.bytes(16) for _ in range(rows)], rng.integers(0, VOCAB, (rows, SEQ + 1), dtype=np.int32))
         records.append(put_shard(store, "data/x/train", shard, tokens.to_table()))
         shards.append(tokens)
-    totals = {"documents": 1, "heldout_documents": 0, "skipped_documents": 0, "dropped_tail_tokens": 0}
+    totals = {"documents": 1, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
     manifest = TokenManifest(
         fingerprint="x", seq_len=SEQ, vocab_size=VOCAB, tokenizer_sha256="", train=tuple(records), heldout=(), **totals
     )

@@ -74,7 +74,7 @@ def manifest_of(shards: list[TokenShard]) -> TokenManifest:
         documents=1,
         heldout_documents=1,
         skipped_documents=0,
-        dropped_tail_tokens=0,
+        dropped_tokens=0,
     )
 
 

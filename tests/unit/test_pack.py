@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from orchestrator.data import sources
-from orchestrator.data.pack import PackedPiece, pack_piece
+from orchestrator.data.pack import HELDOUT_WINDOWS_PER_DOCUMENT, PackedPiece, pack_piece
 from orchestrator.data.sources import Piece, corpus_listing, list_pieces, read_piece
 from orchestrator.data.tokenizer import TokenizerFacts
 from orchestrator.errors import DataError
@@ -117,7 +117,19 @@ def test_windows_are_the_stream_cut_up(
     used = stream[first : first + len(windows) * seq_len]
     assert targets == Counter(used), "every id of the stream is a target once; without BOS, the very first has no context"
     assert packed.documents == len(lengths)
-    assert packed.dropped_tail_tokens == len(stream) - len(used) - (first if windows else 0)
+    assert packed.dropped_tokens == len(stream) - len(used) - (first if windows else 0)
+
+
+def test_one_long_document_is_not_the_whole_measure(tmp_path: Path, store: Store) -> None:
+    word_tokenizer(store)
+    (document,) = write_documents(tmp_path / "text", [400])
+    data = text_data(tmp_path / "text", heldout_fraction=1 - 1e-12)
+    packed = pack_piece(store, FOLDER, data, list_pieces(data)[0], FACTS)
+    windows = [ids for _, ids in read_rows(store, "heldout", packed.heldout)]
+    assert sorted(windows) == sorted(
+        reference_windows([document[: 8 * HELDOUT_WINDOWS_PER_DOCUMENT]], 8, FACTS.bos, FACTS.separator)
+    )
+    assert packed.dropped_tokens >= 400 - 8 * HELDOUT_WINDOWS_PER_DOCUMENT
 
 
 def test_rows_are_spread_over_the_shards(tmp_path: Path, store: Store) -> None:
@@ -435,3 +447,13 @@ def test_a_vocabulary_the_corpus_cannot_fill_is_an_error(tmp_path: Path) -> None
     data = text_data(tmp_path)
     with pytest.raises(DataError, match=r"data\.tokenizer\.vocab_size: the corpus yields only \d+ entries, not 4096"):
         train_tokenizer(data, TrainTokenizer(vocab_size=4096), list_pieces(data), tmp_path / "out")
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path, store: Store) -> None:
+    word_tokenizer(store)
+    write_documents(tmp_path / "text", [40, 40])
+    data = text_data(tmp_path / "text")
+    (piece,) = list_pieces(data)
+    (tmp_path / "text" / "001.txt").unlink()
+    with pytest.raises(DataError, match=r"001\.txt: cannot be read: No such file"):
+        pack_piece(store, FOLDER, data, piece, FACTS)
