@@ -88,16 +88,29 @@ def report(
 def labels_inspect(
     path: Annotated[Path, typer.Argument(help="Label log: STORAGE/labels/KEY.")], as_json: AsJson = False
 ) -> None:
-    """Show what a label log holds and what it costs."""
+    """Show what a label log holds, what each column costs, and the entropy of what is in it."""
+    from dataclasses import asdict
+
+    from orchestrator.labels.inspect import label_costs
+
     log = _open_log(path)
     shards = [(s, r) for s, r in log.all_committed()]
     rows, size = sum(r.rows for _, r in shards), sum(r.bytes for _, r in shards)
     facts: dict[str, Any] = {"key": log.key, "shards": len(shards), "rows": rows, "bytes": size, "identity": log.identity()}
+    costs = label_costs(log)
+    facts["bytes_per_token"] = asdict(costs)
     if as_json:
         print(json.dumps(facts))
     else:
         print(f"{log.key}: {len(shards)} shards, {rows:,} rows, {size:,} bytes")
         print(json.dumps(facts["identity"], indent=1))
+        print("bytes per token:")
+        for name, value in costs.columns.items():
+            print(f"  {value:9.3f}  {name}")
+        for name, value in costs.bounds.items():
+            print(f"  {value:9.3f}  entropy bound of {name}")
+        for name, value in costs.unique_ids.items():
+            print(f"  {value:9.2f}  unique ids at temperature {name}")
 
 
 @labels_app.command("verify")

@@ -130,7 +130,9 @@ def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder) -> Labelling:
         raise SpecError(f"student.model.config.vocab_size: {asked}, but the teacher's vocabulary has {vocab} ids")
     labels = job.labels.model_dump(mode="json", exclude={"run_ahead"})
     teacher_identity = {"content": teacher.manifest.content, "dtype": job.teacher.dtype}
-    log = LabelLog.open(run.store, {"teacher": teacher_identity, "tokens": tokens.manifest.content, "labels": labels})
+    shape = {"seq_len": tokens.manifest.seq_len, "vocab_size": vocab}
+    identity = {"teacher": teacher_identity, "tokens": tokens.manifest.content, "labels": labels, "shape": shape}
+    log = LabelLog.open(run.store, identity)
     student = TrainingJob(
         "student",
         job.student.model,
@@ -139,7 +141,7 @@ def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder) -> Labelling:
         job.seed,
         tokens.folder,
         tokens.manifest,
-        Soft(log.key, job.labels, job.objective),
+        Soft(log.key, job.labels, job.objective, teacher.path),
     )
     return Labelling(log, student, student.demanded_shards())
 

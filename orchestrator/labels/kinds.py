@@ -1,7 +1,6 @@
-"""Label kinds: the teacher's logits as compact columns of bytes, and back as sparse targets.
+"""Label kinds: what a teacher says as compact columns of bytes, and back as targets of a loss.
 
-A kind writes for each row one bytes value per column and reads them back as `SparseTargets`. A new kind is a module, a
-variant of the `labels` section, and a line in `KINDS`.
+A new kind is a module with these four steps, a variant of the `labels` section, and a line in `KINDS`.
 """
 
 from __future__ import annotations
@@ -9,27 +8,42 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
-
+from orchestrator.labels.answer import Answer
+from orchestrator.labels.dense import DenseKind
+from orchestrator.labels.hidden import HiddenKind
+from orchestrator.labels.layout import Arrays, Columns, Frame
 from orchestrator.labels.sampled import Sampled
-from orchestrator.labels.targets import Columns, SparseTargets
+from orchestrator.labels.targets import Targets
 from orchestrator.labels.topk import Topk
 from orchestrator.spec.distill import Labels
 
 
 class LabelKind(Protocol):
-    def encode(self, logits: torch.Tensor, seeds: list[bytes]) -> Columns:
-        """Columns for `logits` [rows, seq, vocab]; `seeds` holds 16 bytes a row for kinds that draw."""
+    def extract(self, answer: Answer, seeds: list[bytes]) -> Arrays:
+        """What is kept of `answer`; `seeds` holds 16 bytes a row for kinds that draw."""
         ...
 
-    def decode(self, columns: Columns, temperature: float) -> SparseTargets:
-        """Targets [rows, seq, k] at one of the stored temperatures."""
+    def pack(self, arrays: Arrays) -> Columns:
+        """The rows of a whole shard as bytes."""
+        ...
+
+    def unpack(self, columns: Columns) -> Arrays:
+        """What `pack` was given; raises `ValueError` for bytes it never gives."""
+        ...
+
+    def targets(self, arrays: Arrays, temperature: float) -> Targets:
+        """Targets with tensors [rows, seq, ...] of any rows, at a temperature that the kind is exact at."""
         ...
 
 
-KINDS: dict[str, Callable[[Any, int], LabelKind]] = {"sampled": Sampled, "topk": Topk}
+KINDS: dict[str, Callable[[Any, Frame], LabelKind]] = {
+    "sampled": Sampled,
+    "topk": Topk,
+    "dense": DenseKind,
+    "hidden": HiddenKind,
+}
 
 
-def label_kind(labels: Labels, vocab_size: int) -> LabelKind:
-    """The kind that `labels` asks for, over ids below `vocab_size`; raises `SpecError` if it cannot be had."""
-    return KINDS[labels.kind](labels, vocab_size)
+def label_kind(labels: Labels, frame: Frame) -> LabelKind:
+    """The kind that `labels` asks for; raises `SpecError` if it cannot be had."""
+    return KINDS[labels.kind](labels, frame)

@@ -18,52 +18,70 @@ import hashlib
 import numpy as np
 import torch
 
-from orchestrator.labels.targets import Columns, SparseTargets, column, finite, id_width, pack_ids, unpack_ids
+from orchestrator.errors import SpecError
+from orchestrator.labels.answer import Answer
+from orchestrator.labels.layout import Arrays, Columns, Frame, tempered
+from orchestrator.labels.setcode import COLUMNS, decode_sets, encode_sets
+from orchestrator.labels.targets import Sparse
 from orchestrator.spec.distill import SampledLabels
 
 BLOCK = 32
 """Ids per block of the two-level inverse CDF; measured best on CPU between 16 and 256 for 4k to 262k ids."""
-ENTRIES_PER_CHUNK = 1 << 22
-"""Logits worked on at a time, to bound the memory of the fp32 copies."""
 
 
 class Sampled:
-    def __init__(self, spec: SampledLabels, vocab_size: int) -> None:
+    def __init__(self, spec: SampledLabels, frame: Frame) -> None:
+        if spec.samples > frame.vocab_size:
+            raise SpecError(f"labels.samples: {spec.samples} exceeds the vocabulary of {frame.vocab_size}")
         self._spec = spec
-        self._width = id_width(vocab_size)
+        self._frame = frame
 
-    def encode(self, logits: torch.Tensor, seeds: list[bytes]) -> Columns:
-        """Columns `n` (unique ids per position), `ids` and `counts` for every temperature. `logits`: [rows, seq, vocab]."""
-        finite(logits)
+    def extract(self, answer: Answer, seeds: list[bytes]) -> Arrays:
+        """For every temperature `ids` [rows, seq, samples], ascending in each position, repeats included."""
+        rows, seq, _ = answer.states.shape
+        points = {t: np.concatenate([self._points(seed, t, seq) for seed in seeds]) for t in self._spec.temperatures}
+        drawn: dict[float, list[np.ndarray]] = {t: [] for t in points}
+        done = 0
+        for logits in answer.logits():
+            part = slice(done, done + len(logits))
+            for t, u in points.items():
+                at_temperature = logits if t == 1 else logits / t
+                drawn[t].append(draw(at_temperature, torch.from_numpy(u[part]).to(logits.device)).cpu().numpy())
+            done += len(logits)
+        return {tempered("ids", t): np.concatenate(parts).reshape(rows, seq, -1) for t, parts in drawn.items()}
+
+    def pack(self, arrays: Arrays) -> Columns:
+        """The columns of `setcode` for every temperature."""
         columns: Columns = {}
-        for temperature in self._spec.temperatures:
-            names = [column(name, temperature) for name in ("n", "ids", "counts")]
-            for name in names:
-                columns[name] = []
-            points = np.stack([self._points(seed, temperature, logits.shape[1]) for seed in seeds])
-            for drawn in self._draw(logits, points, temperature):
-                for name, value in zip(names, self._pack(drawn), strict=True):
-                    columns[name].append(value)
+        for t in self._spec.temperatures:
+            drawn = arrays[tempered("ids", t)]
+            new = np.ones(drawn.shape, dtype=bool)
+            new[..., 1:] = drawn[..., 1:] != drawn[..., :-1]
+            starts = np.flatnonzero(new)
+            counts = np.diff(np.append(starts, drawn.size))
+            packed = encode_sets(new.sum(-1), drawn.reshape(-1)[starts], counts, self._spec.samples, self._frame.vocab_size)
+            columns |= {tempered(name, t): values for name, values in packed.items()}
         return columns
 
-    def decode(self, columns: Columns, temperature: float) -> SparseTargets:
-        """Targets [rows, seq, most unique ids]; t = counts / N."""
-        unique = np.stack([np.frombuffer(b, dtype=np.uint8) for b in columns[column("n", temperature)]])
-        places = np.arange(int(unique.max())) < unique[..., None]
-        ids = np.zeros(places.shape, dtype=np.int64)
-        probs = np.zeros(places.shape, dtype=np.float32)
-        ids[places] = unpack_ids(columns[column("ids", temperature)], self._width)
-        counts = np.frombuffer(b"".join(columns[column("counts", temperature)]), dtype=np.uint8)
-        probs[places] = counts.astype(np.float32) / np.float32(self._spec.samples)
-        return SparseTargets(torch.from_numpy(ids), torch.from_numpy(probs), tail=None)
+    def unpack(self, columns: Columns) -> Arrays:
+        arrays: Arrays = {}
+        for t in self._spec.temperatures:
+            packed = {name: columns[tempered(name, t)] for name in COLUMNS}
+            _, ids, counts = decode_sets(packed, self._spec.samples, self._frame.vocab_size, self._frame.seq_len)
+            shape = (len(packed["sets"]), self._frame.seq_len, self._spec.samples)
+            arrays[tempered("ids", t)] = np.repeat(ids, counts).astype(np.int32).reshape(shape)
+        return arrays
 
-    def _draw(self, logits: torch.Tensor, points: np.ndarray, temperature: float) -> np.ndarray:
-        """Ids [rows, seq, samples] for `points` of the same shape."""
-        step = max(1, ENTRIES_PER_CHUNK // logits.shape[-1])
-        flat = torch.from_numpy(points.reshape(-1, points.shape[-1])).to(logits.device)
-        parts = zip(logits.flatten(0, 1).split(step), flat.split(step), strict=True)
-        drawn = torch.cat([draw(part if temperature == 1 else part.float() / temperature, u) for part, u in parts])
-        return drawn.view(points.shape).cpu().numpy()
+    def targets(self, arrays: Arrays, temperature: float) -> Sparse:
+        """Targets [rows, seq, most unique ids]; t = counts / N."""
+        drawn = torch.from_numpy(arrays[tempered("ids", temperature)]).long()
+        new = torch.ones_like(drawn, dtype=torch.bool)
+        new[..., 1:] = drawn[..., 1:] != drawn[..., :-1]
+        place = new.cumsum(-1) - 1
+        ids = torch.zeros_like(drawn).scatter_(-1, place, drawn)
+        counts = torch.zeros(drawn.shape).scatter_add_(-1, place, torch.ones(drawn.shape))
+        most = int(place.max()) + 1
+        return Sparse(ids[..., :most], counts[..., :most] / self._spec.samples, tail=None)
 
     def _points(self, seed: bytes, temperature: float, seq: int) -> np.ndarray:
         """Points in [0, 1) at which to invert the CDF, ascending: [seq, samples], float64."""
@@ -73,18 +91,6 @@ class Sampled:
         if self._spec.method == "systematic":
             return (np.arange(n) + uniform[:, None]) / n
         return np.sort(uniform.reshape(seq, n), axis=1)
-
-    def _pack(self, drawn: np.ndarray) -> tuple[bytes, bytes, bytes]:
-        """`drawn` [seq, samples], ascending in each position, as unique counts, ids and multiplicities."""
-        new = np.ones(drawn.shape, dtype=bool)
-        new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-        starts = np.flatnonzero(new)
-        counts = np.diff(np.append(starts, drawn.size))
-        return (
-            new.sum(1).astype(np.uint8).tobytes(),
-            pack_ids(drawn.reshape(-1)[starts], self._width),
-            counts.astype(np.uint8).tobytes(),
-        )
 
 
 def draw(logits: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Top-k soft labels: the k most likely ids with log-probabilities, and the mass of the tail. Never renormalised.
+"""Top-k soft labels: the k most likely ids with log-probabilities, and the mass of the tail. Renormalised only on request.
 
 Log-probabilities are kept at temperature 1 in fp16, and for every temperature the log-normaliser of all logits and the
 exact tail mass: sum p^(1/tau) cannot be rebuilt from k values and what they leave over.
@@ -13,48 +13,64 @@ import numpy as np
 import torch
 
 from orchestrator.errors import SpecError
-from orchestrator.labels.targets import Columns, SparseTargets, column, finite, id_width, pack_ids, unpack_ids
+from orchestrator.labels.answer import Answer
+from orchestrator.labels.layout import Arrays, Columns, Frame, pack, tempered, unpack
+from orchestrator.labels.setcode import ID_COLUMNS, decode_ids, encode_ids
+from orchestrator.labels.targets import Sparse
 from orchestrator.spec.distill import TopkLabels
 
 
 class Topk:
-    def __init__(self, spec: TopkLabels, vocab_size: int) -> None:
-        if spec.k > vocab_size:
-            raise SpecError(f"labels.k: {spec.k} exceeds the vocabulary of {vocab_size}")
+    def __init__(self, spec: TopkLabels, frame: Frame) -> None:
+        if spec.k > frame.vocab_size:
+            raise SpecError(f"labels.k: {spec.k} exceeds the vocabulary of {frame.vocab_size}")
         self._spec = spec
-        self._width = id_width(vocab_size)
+        self._frame = frame
+        self._of_position = [tempered(name, t) for t in spec.temperatures for name in ("log_z", "tail")]
+        """Names of the arrays with one number per position."""
 
-    def encode(self, logits: torch.Tensor, seeds: list[bytes]) -> Columns:
-        """Columns `ids`, `logprobs` and, for every temperature, `log_z` and `tail`. `logits`: [rows, seq, vocab]."""
-        finite(logits)
-        columns: Columns = {"ids": [], "logprobs": []}
-        for temperature in self._spec.temperatures:
-            columns[column("log_z", temperature)] = []
-            columns[column("tail", temperature)] = []
-        for row in logits:
-            log_probs = row.float().log_softmax(-1)
-            top, ids = log_probs.topk(self._spec.k, -1)
-            columns["ids"].append(pack_ids(ids.cpu().numpy(), self._width))
-            columns["logprobs"].append(top.cpu().numpy().astype("<f2").tobytes())
-            for temperature in self._spec.temperatures:
-                log_z = (log_probs / temperature).logsumexp(-1)
-                tail = 1 - (top / temperature - log_z[:, None]).exp().sum(-1)
-                columns[column("log_z", temperature)].append(log_z.cpu().numpy().astype("<f4").tobytes())
-                columns[column("tail", temperature)].append(tail.clamp(0, 1).cpu().numpy().astype("<f4").tobytes())
-        return columns
+    def extract(self, answer: Answer, seeds: list[bytes]) -> Arrays:
+        """`ids`, ascending in each position, `logprobs` [rows, seq, k] and, for every temperature, `log_z` and `tail`."""
+        kept: dict[str, list[torch.Tensor]] = {}
+        for logits in answer.logits():
+            log_probs = logits.log_softmax(-1)
+            ids = log_probs.topk(self._spec.k, -1).indices.sort(-1).values
+            top = log_probs.gather(-1, ids)
+            found = {"ids": ids, "logprobs": top}
+            for t in self._spec.temperatures:
+                log_z = (log_probs / t).logsumexp(-1)
+                tail = 1 - (top / t - log_z[:, None]).exp().sum(-1)
+                found |= {tempered("log_z", t): log_z, tempered("tail", t): tail.clamp(0, 1)}
+            for name, values in found.items():
+                kept.setdefault(name, []).append(values.cpu())
+        whole = {name: torch.cat(parts).unflatten(0, (len(answer.states), -1)).numpy() for name, parts in kept.items()}
+        return whole | {"logprobs": whole["logprobs"].astype("<f2")}
 
-    def decode(self, columns: Columns, temperature: float) -> SparseTargets:
-        """Targets [rows, seq, k] with the tail's mass [rows, seq]."""
-        rows, k = len(columns["ids"]), self._spec.k
-        ids = unpack_ids(columns["ids"], self._width).reshape(rows, -1, k)
-        log_probs = _floats(columns["logprobs"], "<f2").reshape(rows, -1, k)
-        log_z = _floats(columns[column("log_z", temperature)], "<f4").reshape(rows, -1, 1)
-        tail = _floats(columns[column("tail", temperature)], "<f4").reshape(rows, -1)
-        probs = torch.exp(log_probs / temperature - log_z)
+    def pack(self, arrays: Arrays) -> Columns:
+        """The id columns of `setcode`, `logprobs`, and the numbers per position."""
+        ids = arrays["ids"]
+        columns = encode_ids(np.full(ids.shape[:2], self._spec.k), ids.reshape(-1), self._frame.vocab_size)
+        columns["logprobs"] = pack(arrays["logprobs"], "<f2")
+        return columns | {name: pack(arrays[name], "<f4") for name in self._of_position}
+
+    def unpack(self, columns: Columns) -> Arrays:
+        seq = self._frame.seq_len
+        unique, ids = decode_ids({name: columns[name] for name in ID_COLUMNS}, self._frame.vocab_size, seq)
+        if np.any(unique != self._spec.k):
+            raise ValueError(f"packed sets: a position has not {self._spec.k} ids")
+        arrays: Arrays = {name: unpack(columns[name], "<f4", seq) for name in self._of_position}
+        arrays["ids"] = ids.astype(np.int32).reshape(-1, seq, self._spec.k)
+        arrays["logprobs"] = unpack(columns["logprobs"], "<f2", seq, self._spec.k)
+        return arrays
+
+    def targets(self, arrays: Arrays, temperature: float) -> Sparse:
+        """Targets [rows, seq, k] with the tail's mass [rows, seq], or scaled to one without it where the job asks for that."""
+        ids = torch.from_numpy(arrays["ids"]).long()
+        log_probs = torch.from_numpy(arrays["logprobs"]).float() / temperature
+        if self._spec.renormalize:
+            return Sparse(ids, log_probs.softmax(-1), tail=None)
+        tail = torch.from_numpy(arrays[tempered("tail", temperature)])
+        probs = (log_probs - torch.from_numpy(arrays[tempered("log_z", temperature)])[..., None]).exp()
         # fp16 rounding moves the k probabilities by up to 2^-11 of their exponent; the exact tail says what they sum to.
         probs *= ((1 - tail) / probs.sum(-1).clamp_min(1e-30))[..., None]
-        return SparseTargets(torch.from_numpy(ids), probs, tail)
-
-
-def _floats(blobs: list[bytes], dtype: str) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(b"".join(blobs), dtype=dtype).astype(np.float32))
+        return Sparse(ids, probs, tail)

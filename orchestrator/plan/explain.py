@@ -44,7 +44,7 @@ def _training_lines(training: Training) -> list[str]:
     if training.memory is None:
         return ["  params    known once the teacher's vocabulary is", algebra]
     m = training.memory
-    parts = [("weights", m.weights), ("gradients", m.gradients), ("optimizer", m.optimizer), ("logits", m.logits)]
+    parts = [("weights", m.weights), ("gradients", m.gradients), ("optimizer", m.optimizer), ("head", m.head)]
     listed = " + ".join(f"{name} {value / 2**20:.0f}" for name, value in parts)
     return [
         f"  params    {training.params:,}",

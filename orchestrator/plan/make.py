@@ -16,6 +16,10 @@ from orchestrator.spec.job import Job
 from orchestrator.spec.model import Model, PretrainTeacher
 from orchestrator.spec.train import Train
 
+UNKNOWN_VOCABULARY = 1 << 17
+UNKNOWN_WIDTH = 4096
+"""Stand in for figures of a teacher that is not fetched yet, where an upper bound is wanted."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -65,7 +69,7 @@ def make_plan(job: Job) -> Plan:
         raise SpecError(f"storage: {job.storage} is not a directory; object stores are not supported yet")
     vocab = vocabulary(job)
     label_rows = job.train.steps * job.train.global_batch
-    per_token = label_bytes_per_token(job.labels, vocab or 1 << 17)
+    per_token = label_bytes_per_token(job.labels, vocab or UNKNOWN_VOCABULARY, _teacher_width(job))
     stages = _stages(job)
     slots = job.cluster.num_cpus or max(os.cpu_count() or 1, _concurrent_cpus(job))
     return Plan(
@@ -89,9 +93,16 @@ def vocabulary(job: Job) -> int | None:
     return asked if isinstance(asked, int) else None
 
 
+def _teacher_width(job: Job) -> int:
+    """Width of the teacher's hidden states."""
+    asked = job.teacher.model.config.get("hidden_size") if isinstance(job.teacher, PretrainTeacher) else None
+    return asked if isinstance(asked, int) else UNKNOWN_WIDTH
+
+
 def _training(model: Model, train: Train, seq_len: int, vocab: int | None) -> Training:
     params = parameter_count(model, vocab) if vocab else None
-    memory = worker_memory(params, train, seq_len, vocab) if params and vocab else None
+    width = model.config.get("hidden_size")
+    memory = worker_memory(params, train, seq_len, vocab, width) if params and vocab and isinstance(width, int) else None
     return Training(params, Batch.of(train), memory, deepspeed_config(train))
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.plan.batch import Batch
-from orchestrator.spec.distill import Labels, SampledLabels
+from orchestrator.spec.distill import DenseLabels, Labels, SampledLabels, TopkLabels
 from orchestrator.spec.model import Model
 from orchestrator.spec.train import Train
 
+HEAD_ENTRIES = 1 << 22
+"""Logits that the chunked head holds at a time: 16 MiB in fp32."""
+LEAST_HEAD_ROWS = 64
+"""Below, the traffic of accumulating the gradient of the head's weight outweighs the GEMM."""
 DENSE_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 # What transformers takes for keys that are left out; other types take all heads, and hidden_size / heads.
 _KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma3_text": 4}
@@ -43,29 +48,43 @@ class WorkerMemory:
     weights: int
     gradients: int
     optimizer: int
-    logits: int
+    head: int
+    """Logits of one chunk with what the loss makes of them, and the fp32 gradient of the head's weight."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.logits
+        return self.weights + self.gradients + self.optimizer + self.head
 
 
-def worker_memory(params: int, train: Train, seq_len: int, vocab_size: int) -> WorkerMemory:
-    """Model states by ZeRO stage (Rajbhandari et al. 2020) and the fp32 logits with their gradient."""
+def head_rows(vocab_size: int) -> int:
+    """Positions whose logits the chunked head holds at a time."""
+    return max(LEAST_HEAD_ROWS, HEAD_ENTRIES // vocab_size)
+
+
+def worker_memory(params: int, train: Train, seq_len: int, vocab_size: int, width: int) -> WorkerMemory:
+    """Model states by ZeRO stage (Rajbhandari et al. 2020), and the chunked head over a model of `width`."""
     stage, workers = train.parallel.stage, train.workers
-    width = 2 if train.precision == "bf16" else 4
+    size = 2 if train.precision == "bf16" else 4
     master = 4 if train.precision == "bf16" else 0
     return WorkerMemory(
-        weights=params * width // (workers if stage >= 3 else 1),
+        weights=params * size // (workers if stage >= 3 else 1),
         gradients=params * 4 // (workers if stage >= 2 else 1),
         optimizer=params * (8 + master) // (workers if stage >= 1 else 1),
-        logits=3 * 4 * Batch.of(train).micro_rows * seq_len * vocab_size,
+        head=4 * vocab_size * (3 * min(head_rows(vocab_size), Batch.of(train).micro_rows * seq_len) + width),
     )
 
 
-def label_bytes_per_token(labels: Labels, vocab_size: int) -> float:
+def label_bytes_per_token(labels: Labels, vocab_size: int, teacher_width: int) -> float:
     """Upper bound of what one position takes before compression."""
-    id_bytes = 2 if vocab_size <= 1 << 16 else 3
     if isinstance(labels, SampledLabels):
-        return len(labels.temperatures) * (1 + labels.samples * (id_bytes + 1))
-    return labels.k * (id_bytes + 2) + len(labels.temperatures) * 8
+        return len(labels.temperatures) * (1 + _set_bytes(labels.samples, vocab_size) + labels.samples / 8)
+    if isinstance(labels, TopkLabels):
+        return _set_bytes(labels.k, vocab_size) + labels.k * 2 + len(labels.temperatures) * 8
+    if isinstance(labels, DenseLabels):
+        return vocab_size * (2 if labels.dtype == "fp16" else 4)
+    return teacher_width * 2 if labels.codec == "fp16" else teacher_width + 4
+
+
+def _set_bytes(ids: int, vocab_size: int) -> float:
+    """Upper bound of a set of `ids` as Rice codes of its gaps: log2(vocab / ids) bits each, and at most three more."""
+    return ids * (math.log2(max(1.0, vocab_size / ids)) + 3) / 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from orchestrator.spec.distill import Schedule
 from orchestrator.spec.train import Train
 
 
@@ -16,3 +17,14 @@ def learning_rate(train: Train, step: int) -> float:
     done = (step - train.warmup_steps) / max(1, train.steps - 1 - train.warmup_steps)
     falling = 1 - done if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return train.learning_rate * (train.final_lr_fraction + (1 - train.final_lr_fraction) * falling)
+
+
+def scheduled(value: float | Schedule, step: int, steps: int) -> float:
+    """What `value` is at optimizer step `step` of `steps`, counted from 0; the last step has the end value."""
+    if not isinstance(value, Schedule):
+        return value
+    moving = steps - 1 - value.warmup_steps
+    progress = min(max((step - value.warmup_steps) / moving, 0.0), 1.0) if moving > 0 else float(step >= steps - 1)
+    if value.kind == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return value.start + (value.end - value.start) * progress

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from orchestrator.spec.base import Spec
 from orchestrator.spec.data import Data, TeacherTokenizer
-from orchestrator.spec.distill import Labels, Objective, SampledLabels
+from orchestrator.spec.distill import Labels, Objective, SampledLabels, unserved
 from orchestrator.spec.model import ConfigStudent, PretrainTeacher, Student, Teacher
 from orchestrator.spec.train import Train
 
@@ -61,10 +61,10 @@ class Job(Spec):
     cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
-    def _temperature_is_labelled(self) -> Job:
-        if self.objective.temperature not in self.labels.temperatures:
-            listed = ", ".join(str(t) for t in self.labels.temperatures)
-            raise ValueError(f"objective.temperature {self.objective.temperature} is not in labels.temperatures [{listed}]")
+    def _labels_serve_objective(self) -> Job:
+        reason = unserved(self.labels, self.objective)
+        if reason is not None:
+            raise ValueError(reason)
         return self
 
     @model_validator(mode="after")

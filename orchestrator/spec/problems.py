@@ -78,8 +78,8 @@ def _locate(error: ErrorDetails) -> tuple[Keys, schema.Node]:
         node = schema.plain(node)
         if schema.kinds(node):  # pydantic names the kind, which is no key
             node = schema.of_kind(node, part)
-        elif "anyOf" in node:  # pydantic names the branch of the union
-            node = {}
+        elif options := node.get("oneOf") or node.get("anyOf"):  # pydantic names the branch of the union
+            node = schema.branch(options, part)
         else:
             keys, section, node = (*keys, part), node, schema.child(node, part)
     return ((*keys, "kind"), node) if error["type"].startswith("union_tag") else (keys, section)

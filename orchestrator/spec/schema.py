@@ -45,6 +45,11 @@ def of_kind(node: Node, kind: JsonValue) -> Node:
     return plain({"$ref": plain(node)["discriminator"]["mapping"][kind]})
 
 
+def branch(options: list[Node], title: str | int) -> Node:
+    """That of the `options` of a union which is called `title`; nothing for a plain value."""
+    return next((found for found in map(plain, options) if found.get("title") == title), Node())
+
+
 def variant(node: Node, data: Section) -> Node:
     """What the keys of the section `data` are checked against; nothing for an unknown kind."""
     return of_kind(node, data.get("kind", _default_kind(node))) if kinds(node) else plain(node)

@@ -27,7 +27,7 @@ from orchestrator.store.files import Store
 from orchestrator.store.records import Record, ShardRecord, TokenManifest
 from orchestrator.store.shards import ROW_ID_BYTES, TokenShard, binary_column, get_shard, put_shard
 
-LABEL_SCHEMA_VERSION = 1
+LABEL_SCHEMA_VERSION = 2
 _IDENTITY = ("row_id", "ids_sha256")
 
 

@@ -20,13 +20,17 @@ from orchestrator.store.files import Store
 from orchestrator.store.records import ShardRecord
 
 ROW_ID_BYTES = 16
-TOKEN_SCHEMA_VERSION = 1
+TOKEN_SCHEMA_VERSION = 2
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """`table` as the bytes of one Parquet file: zstd, page checksums, one row group."""
+    """`table` as the bytes of one Parquet file: zstd, page checksums, one row group.
+
+    Without statistics: of a column of bytes they are its longest values over again, several bytes a token.
+    """
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=max(1, table.num_rows))
+    layout: dict[str, Any] = {"row_group_size": max(1, table.num_rows), "write_statistics": False, "use_dictionary": False}
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **layout)
     return sink.getvalue()
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.errors import EnvironmentFault, IntegrityError
+from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.store.files import Store
 from orchestrator.store.records import MANIFEST, FileRecord, Record, describe_folder
 
@@ -31,7 +32,7 @@ class CheckpointManifest(Record):
     files: dict[str, FileRecord]
 
 
-def save_checkpoint(engine: Any, store: Store, folder: str, step: int) -> None:
+def save_checkpoint(engine: Any, schedule: ObjectiveSchedule, store: Store, folder: str, step: int) -> None:
     """Save the state after `step` optimizer steps; called on every rank."""
     key = f"{folder}/checkpoints/step-{step:06d}"
     partial = store.path(f"{folder}/checkpoints/.tmp-step-{step:06d}")
@@ -40,7 +41,7 @@ def save_checkpoint(engine: Any, store: Store, folder: str, step: int) -> None:
         partial.mkdir(parents=True)
     dist.barrier()
     try:
-        engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
+        engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False, client_state={"objective": schedule.state()})
     except RuntimeError as error:  # torch reports a failed write as an error of its container
         if "inline_container" in str(error):
             raise EnvironmentFault(f"disk full or failing at {partial}: a checkpoint could not be written") from error
@@ -55,8 +56,8 @@ def save_checkpoint(engine: Any, store: Store, folder: str, step: int) -> None:
     dist.barrier()
 
 
-def restore_checkpoint(engine: Any, store: Store, folder: str) -> int:
-    """Load the newest intact checkpoint into `engine`; returns the optimizer steps done, 0 without one."""
+def restore_checkpoint(engine: Any, schedule: ObjectiveSchedule, store: Store, folder: str) -> int:
+    """Load the newest intact checkpoint; returns the optimizer steps done, 0 without one."""
     found: list[str | None] = [_newest_intact(store, folder) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     if found[0] is None:
@@ -64,9 +65,10 @@ def restore_checkpoint(engine: Any, store: Store, folder: str) -> int:
     _allow_deepspeed_types()
     path = store.path(f"{folder}/checkpoints/{found[0]}")
     try:
-        engine.load_checkpoint(str(path), tag=_TAG)
+        _, client = engine.load_checkpoint(str(path), tag=_TAG)
     except pickle.UnpicklingError as error:
         raise IntegrityError(f"checkpoint {path} holds what no checkpoint of ours holds: {error}") from error
+    schedule.restore(client["objective"])
     return int(found[0].removeprefix("step-"))
 
 

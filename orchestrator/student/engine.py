@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from orchestrator.labels.targets import Targets
+from orchestrator.losses.head import chunked_loss
 from orchestrator.losses.objective import Mixture
 from orchestrator.models.build import build_model
+from orchestrator.models.head import check_head, last_hidden, output_head
 from orchestrator.plan.deepspeed_config import deepspeed_config
 from orchestrator.student.feed import MicroBatch
 from orchestrator.student.job import TrainingJob
@@ -18,37 +22,30 @@ from orchestrator.student.job import TrainingJob
 class Distiller(nn.Module):
     """A causal LM with its objective: token ids and soft labels in, loss out."""
 
-    def __init__(self, model: nn.Module, mixture: Mixture) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self._mixture = mixture
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        soft_ids: torch.Tensor | None = None,
-        soft_probs: torch.Tensor | None = None,
-        soft_tail: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean (loss, CE, KL) in nats a token; shapes as in `MicroBatch`."""
-        logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)
+    def forward(self, ids: torch.Tensor, mixture: Mixture, soft: Targets | None) -> torch.Tensor:
+        """Means over all positions of (loss, CE, divergence) in nats, [3]; only the loss has a gradient.
+
+        `ids` are [rows, seq + 1], `soft` has tensors [rows, seq, ...].
+        """
+        hidden = last_hidden(self.model, ids[:, :-1]).flatten(0, 1)
         target = ids[:, 1:].flatten()
-        soft = None
-        if soft_ids is not None and soft_probs is not None:
-            soft = (soft_ids.flatten(0, 1), soft_probs.flatten(0, 1), None if soft_tail is None else soft_tail.flatten())
-        loss, ce, kd = self._mixture(logits, target, soft)
-        return loss / len(target), ce / len(target), kd / len(target)
+        teacher = None if soft is None else soft.map(lambda t: t.flatten(0, 1))
+
+        def score(logits: torch.Tensor, part: slice) -> torch.Tensor:
+            return mixture.score(logits, target[part], None if teacher is None else teacher.map(lambda t: t[part]))
+
+        return chunked_loss(hidden, output_head(self.model), score) / len(target)
 
 
 def build_distiller(job: TrainingJob) -> Distiller:
-    """The model of `job`, freshly initialised, with its objective."""
-    objective = job.soft.objective if job.soft else None
-    mixture = Mixture(
-        alpha=objective.alpha if objective else 1.0,
-        temperature=objective.temperature if objective else 1.0,
-        temperature_squared=objective.temperature_squared if objective else True,
-    )
-    return Distiller(build_model(job.model, job.vocab_size, job.seed, job.stage), mixture)
+    """The model of `job`, freshly initialised; raises `SpecError` for one whose head the chunked loss cannot stand for."""
+    model = build_model(job.model, job.vocab_size, job.seed, job.stage)
+    check_head(model, f"{job.stage}.model")
+    return Distiller(model)
 
 
 def start_engine(job: TrainingJob) -> Any:
@@ -80,10 +77,10 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def forward_backward(engine: Any, micro: MicroBatch) -> torch.Tensor:
-    """One micro-batch through the engine: mean (loss, CE, KL) in nats a token, [3], detached."""
+def forward_backward(engine: Any, mixture: Mixture, micro: MicroBatch) -> torch.Tensor:
+    """One micro-batch through the engine: mean (loss, CE, divergence) in nats a token, [3], detached."""
     on = engine.device
-    soft = () if micro.soft is None else tuple(None if t is None else t.to(on) for t in micro.soft)
-    loss, ce, kd = engine(micro.ids.to(on), *soft)
-    engine.backward(loss)
-    return torch.stack([loss.detach(), ce, kd])
+    soft = None if micro.soft is None else micro.soft.map(lambda t: t.to(on))
+    means = engine(micro.ids.to(on), mixture, soft)
+    engine.backward(means[0])
+    return means.detach()

@@ -16,9 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from orchestrator.errors import ResumableError
-from orchestrator.labels.kinds import label_kind
+from orchestrator.errors import IntegrityError, ResumableError
+from orchestrator.labels.kinds import LabelKind, label_kind
+from orchestrator.labels.layout import Arrays, Frame
+from orchestrator.labels.targets import Targets
+from orchestrator.models.build import DTYPES
+from orchestrator.models.head import load_head
 from orchestrator.plan.batch import Batch
+from orchestrator.plan.schedule import scheduled
+from orchestrator.spec.distill import HiddenLabels
 from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.shards import TokenShard, read_tokens
@@ -36,14 +42,14 @@ class MicroBatch:
 
     ids: torch.Tensor
     """[rows, seq + 1]"""
-    soft: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None
-    """ids [rows, seq, k], probabilities [rows, seq, k], tail mass [rows, seq] or None"""
+    soft: Targets | None
+    """tensors [rows, seq, ...]"""
 
 
 @dataclass
 class _Shard:
     tokens: TokenShard
-    labels: dict[str, list[bytes]]
+    labels: Arrays
 
 
 class Feed:
@@ -69,7 +75,7 @@ class Feed:
         self._micro_rows = Batch.of(job.train).micro_rows
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._log = LabelLog(store, job.soft.log_key) if job.soft else None
-        self._kind = label_kind(job.soft.labels, job.vocab_size) if job.soft else None
+        self._kind = _label_kind(job) if job.soft else None
 
     def steps(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, its micro-batches) from step `first` to the end of training.
@@ -96,7 +102,8 @@ class Feed:
             for step in range(first, self._job.train.steps):
                 self._reached(self._order.shard_count_until(step + 1))  # before their labels are waited for
                 rows = self._order.share(step, self._rank, self._world)
-                micro = [self._gather(rows[i : i + self._micro_rows]) for i in range(0, len(rows), self._micro_rows)]
+                parts = [rows[i : i + self._micro_rows] for i in range(0, len(rows), self._micro_rows)]
+                micro = [self._gather(step, part) for part in parts]
                 while not stop.is_set():
                     try:
                         ready.put((step, micro), timeout=CHECK_ABORT_S)
@@ -108,16 +115,15 @@ class Feed:
         except BaseException as error:
             ready.put(error)
 
-    def _gather(self, rows: list[tuple[int, int]]) -> MicroBatch:
+    def _gather(self, step: int, rows: list[tuple[int, int]]) -> MicroBatch:
         shards = {shard: self._shard(shard) for shard in dict.fromkeys(s for s, _ in rows)}
         ids = torch.from_numpy(np.stack([shards[s].tokens.ids[r] for s, r in rows])).long()
         if self._kind is None:
             return MicroBatch(ids, None)
         assert self._job.soft is not None
-        names = shards[rows[0][0]].labels
-        columns = {name: [shards[s].labels[name][r] for s, r in rows] for name in names}
-        targets = self._kind.decode(columns, self._job.soft.objective.temperature)
-        return MicroBatch(ids, (targets.ids, targets.probs, targets.tail))
+        labels = {name: np.stack([shards[s].labels[name][r] for s, r in rows]) for name in shards[rows[0][0]].labels}
+        temperature = scheduled(self._job.soft.objective.temperature, step, self._job.train.steps)
+        return MicroBatch(ids, self._kind.targets(labels, temperature))
 
     def _shard(self, shard: int) -> _Shard:
         if shard in self._shards:
@@ -130,8 +136,8 @@ class Feed:
             self._shards.popitem(last=False)
         return loaded
 
-    def _labels(self, shard: int, tokens: TokenShard) -> dict[str, list[bytes]]:
-        if self._log is None:
+    def _labels(self, shard: int, tokens: TokenShard) -> Arrays:
+        if self._log is None or self._kind is None:
             return {}
         checked = time.monotonic()
         while (record := self._log.committed(shard)) is None:
@@ -141,4 +147,14 @@ class Feed:
                 if reason:
                     raise ResumableError(f"training stopped waiting for label shard {shard}: {reason}")
             time.sleep(POLL_S)
-        return self._log.read(shard, record, tokens)
+        try:
+            return self._kind.unpack(self._log.read(shard, record, tokens))
+        except ValueError as error:
+            raise IntegrityError(f"label shard {shard}: {error}") from error
+
+
+def _label_kind(job: TrainingJob) -> LabelKind:
+    assert job.soft is not None
+    labels = job.soft.labels
+    head = load_head(job.soft.teacher, DTYPES[job.train.precision]) if isinstance(labels, HiddenLabels) else None
+    return label_kind(labels, Frame(job.vocab_size, job.manifest.seq_len, head))

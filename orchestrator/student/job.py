@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.order import TrainingOrder
@@ -22,6 +23,8 @@ class Soft:
     log_key: str
     labels: Labels
     objective: Objective
+    teacher: Path
+    """Folder of the teacher, for labels that leave its head to the reader."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class TrainingJob:
     def folder(self) -> str:
         """Stage folder in the storage."""
         return f"{self.stage}/{self.key}"
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised; without soft labels, cross entropy alone."""
+        return self.soft.objective if self.soft else Objective(alpha=1.0)
 
     @property
     def order(self) -> TrainingOrder:

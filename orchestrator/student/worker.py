@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.models.build import DTYPES
 from orchestrator.plan.schedule import learning_rate
 from orchestrator.runtime.board import STUDENT_SHARDS
@@ -39,29 +40,35 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
 
     feed = Feed(store, job, rank, world, lambda: ray.get(board.aborted.remote()), reached)
     engine = start_engine(job)
-    first = restore_checkpoint(engine, store, job.folder)
+    schedule = ObjectiveSchedule(job.objective, job.train.steps, engine.device)
+    first = restore_checkpoint(engine, schedule, store, job.folder)
     meter = Meter(job, board, feed)
     for step, micro_batches in feed.steps(first):
-        meter.add(step, train_step(engine, job, step, micro_batches), engine.get_global_grad_norm())
+        means = train_step(engine, job, schedule, step, micro_batches)
+        meter.add(step, means, engine.get_global_grad_norm())
         done = step + 1
         if done % job.train.checkpoint_every == 0 and done < job.train.steps:
             meter.flush()
-            save_checkpoint(engine, store, job.folder, done)
+            save_checkpoint(engine, schedule, store, job.folder, done)
     meter.flush()
     save_model(engine, store, job, tokenizer_folder, meter.summary())
 
 
-def train_step(engine: Any, job: TrainingJob, step: int, micro_batches: list[MicroBatch]) -> torch.Tensor:
-    """One optimizer step: mean (loss, CE, KL) in nats a token over the global batch, [3], on the device."""
+def train_step(
+    engine: Any, job: TrainingJob, schedule: ObjectiveSchedule, step: int, micro_batches: list[MicroBatch]
+) -> torch.Tensor:
+    """One optimizer step: mean (loss, CE, divergence) in nats a token over the global batch, [3], on the device."""
     rate = learning_rate(job.train, step)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+    mixture = schedule.at(step)
     terms: list[torch.Tensor] = []
     for micro in micro_batches:
-        terms.append(forward_backward(engine, micro))
+        terms.append(forward_backward(engine, mixture, micro))
         engine.step()
     mean = torch.stack(terms).mean(0) / dist.get_world_size()
     dist.all_reduce(mean)
+    schedule.learn(step, mean[2])
     return mean
 
 

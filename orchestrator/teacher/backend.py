@@ -1,4 +1,4 @@
-"""What a teacher is to the rest: ids in, logits out."""
+"""What a teacher is to the rest: ids in, an answer out."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Literal, Protocol
 
 import torch
 
+from orchestrator.labels.answer import Answer
 from orchestrator.models.build import load_model
+from orchestrator.models.head import check_head, last_hidden, output_head
 
 
 class Teacher(Protocol):
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """[rows, seq, vocab] for `ids` [rows, seq]: position t predicts ids[t + 1]."""
+    def answer(self, ids: torch.Tensor) -> Answer:
+        """What it says about `ids` [rows, seq]: position t is about ids[t + 1]."""
         ...
 
 
@@ -21,7 +23,9 @@ class TransformersBackend:
 
     def __init__(self, folder: Path, dtype: Literal["bf16", "fp32"]) -> None:
         self._model = load_model(folder, dtype)
+        check_head(self._model, "teacher")
+        self._head = output_head(self._model)
 
     @torch.inference_mode()
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._model(input_ids=ids.to(self._model.device), use_cache=False).logits
+    def answer(self, ids: torch.Tensor) -> Answer:
+        return Answer(last_hidden(self._model, ids.to(self._model.device)), self._head, len(self._head.weight))

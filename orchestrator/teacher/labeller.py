@@ -12,7 +12,7 @@ import torch
 
 from orchestrator.errors import DataError, ResumableError
 from orchestrator.labels.kinds import label_kind
-from orchestrator.labels.targets import Columns
+from orchestrator.labels.layout import Arrays, Columns, Frame, join
 from orchestrator.runtime.board import STUDENT_SHARDS
 from orchestrator.runtime.environment import limit_threads
 from orchestrator.spec.distill import Labels
@@ -48,9 +48,11 @@ class Labeller:
         limit_threads(labelling.threads)
         torch.set_num_threads(labelling.threads)
         self._work = labelling
-        self._manifest = TokenManifest.load(labelling.store, f"{labelling.data_folder}/{MANIFEST}")
+        manifest = TokenManifest.load(labelling.store, f"{labelling.data_folder}/{MANIFEST}")
+        assert manifest is not None
+        self._manifest = manifest
         self._log = LabelLog(labelling.store, labelling.log_key)
-        self._kind = label_kind(labelling.labels, labelling.vocab_size)
+        self._kind = label_kind(labelling.labels, Frame(labelling.vocab_size, self._manifest.seq_len))
         self._teacher: Teacher = TransformersBackend(labelling.model, labelling.dtype)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +63,6 @@ class Labeller:
         """Label and commit token shard `shard`, the `position`-th of the demand; returns its receipt."""
         blocked_s = self._wait_for_student(position)
         started = time.perf_counter()
-        assert self._manifest is not None
         record = self._manifest.train[shard]
         tokens = read_tokens(self._work.store, f"{self._work.data_folder}/train", record)
         committed = self._log.commit(shard, tokens, self.encode(shard, tokens))
@@ -76,7 +77,7 @@ class Labeller:
 
     def encode(self, shard: int, tokens: TokenShard) -> Columns:
         """The label columns of a whole shard; raises `DataError` for a teacher that answers nonsense."""
-        columns: Columns = {}
+        parts: list[Arrays] = []
         ids = torch.from_numpy(tokens.ids[:, :-1]).long()
         if int(ids.max()) >= self._work.vocab_size:
             raise DataError(
@@ -84,18 +85,16 @@ class Labeller:
             )
         for start in range(0, len(ids), self._work.micro_batch):
             part = ids[start : start + self._work.micro_batch]
-            logits = self._teacher.logits(part)
-            if logits.shape != (*part.shape, self._work.vocab_size):
-                expected = (*part.shape, self._work.vocab_size)
-                raise DataError(f"label shard {shard}: the teacher answered {tuple(logits.shape)} where {expected} is due")
+            answer = self._teacher.answer(part)
+            if (*answer.states.shape[:2], answer.vocab_size) != (*part.shape, self._work.vocab_size):
+                given, due = (*answer.states.shape[:2], answer.vocab_size), (*part.shape, self._work.vocab_size)
+                raise DataError(f"label shard {shard}: the teacher answered {given} where {due} is due")
             seeds = [self._work.log_key.encode() + row for row in tokens.row_ids[start : start + len(part)]]
             try:
-                encoded = self._kind.encode(logits, seeds)
+                parts.append(self._kind.extract(answer, seeds))
             except DataError as error:
                 raise DataError(f"label shard {shard}, rows from {start}: {error}") from error
-            for name, values in encoded.items():
-                columns.setdefault(name, []).extend(values)
-        return columns
+        return self._kind.pack(join(parts))
 
     def _wait_for_student(self, position: int) -> float:
         """Seconds spent until the student is close enough behind; raises `ResumableError` if it will never come."""

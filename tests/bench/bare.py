@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 from orchestrator.labels.kinds import label_kind
+from orchestrator.labels.layout import Frame, join
+from orchestrator.losses.objective import Mixture
+from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.models.build import DTYPES
 from orchestrator.plan.schedule import learning_rate
 from orchestrator.spec.job import Job
@@ -35,7 +38,8 @@ def main() -> None:
     (log_key,) = store.keys("labels")
     manifest = TokenManifest.load(store, f"data/{data_key}/manifest.json")
     assert manifest is not None
-    soft = Soft(log_key, job.labels, job.objective)
+    (teacher,) = store.keys("teacher")
+    soft = Soft(log_key, job.labels, job.objective, store.path(f"teacher/{teacher}/{MODEL}"))
     training = TrainingJob(
         "student", job.student.model, manifest.vocab_size, job.train, job.seed, f"data/{data_key}", manifest, soft
     )
@@ -51,22 +55,30 @@ def train(store: Store, job: Job, training: TrainingJob) -> dict[str, float]:
     for group in groups:
         group["params"] = [master[id(p)] for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=job.train.learning_rate, betas=job.train.betas)
+    schedule = ObjectiveSchedule(training.objective, job.train.steps, torch.device("cpu"))
     steps = list(Feed(store, training, 0, 1, lambda: None).steps(0))
     for index, (step, micro_batches) in enumerate(steps):
         if index == 1:
             started, cpu = time.perf_counter(), time.process_time()
-        train_step(module, weights, master, optimizer, micro_batches, job, step)
+        train_step(module, weights, master, optimizer, micro_batches, job, step, schedule.at(step))
     tokens = (len(steps) - 1) * job.train.global_batch * job.data.seq_len
     return {"tokens_per_s": tokens / (time.perf_counter() - started), "tokens_per_cpu_s": tokens / (time.process_time() - cpu)}
 
 
 def train_step(
-    module: Any, weights: list[Any], master: dict[int, Any], optimizer: Any, micro_batches: list[Any], job: Job, step: int
+    module: Any,
+    weights: list[Any],
+    master: dict[int, Any],
+    optimizer: Any,
+    micro_batches: list[Any],
+    job: Job,
+    step: int,
+    mixture: Mixture,
 ) -> None:
     gradients = [torch.zeros_like(m) for m in master.values()]
     for micro in micro_batches:
-        loss, _, _ = module(micro.ids, *micro.soft)
-        (loss / len(micro_batches)).backward()
+        means = module(micro.ids, mixture, micro.soft)
+        (means[0] / len(micro_batches)).backward()
         for gradient, weight in zip(gradients, weights, strict=True):
             gradient += weight.grad.float()
             weight.grad = None
@@ -85,7 +97,7 @@ def label(store: Store, job: Job, training: TrainingJob) -> dict[str, float]:
     """Tokens per second of forward pass and label extraction over the demanded shards, nothing written."""
     (teacher_key,) = store.keys("teacher")
     teacher = TransformersBackend(store.path(f"teacher/{teacher_key}/{MODEL}"), job.teacher.dtype)
-    kind = label_kind(job.labels, training.vocab_size)
+    kind = label_kind(job.labels, Frame(training.vocab_size, training.manifest.seq_len))
     shards = [
         read_tokens(store, f"{training.data_folder}/train", training.manifest.train[s]) for s in training.demanded_shards()
     ]
@@ -93,10 +105,11 @@ def label(store: Store, job: Job, training: TrainingJob) -> dict[str, float]:
     for index, shard in enumerate(shards):
         if index == 1:
             rows, started, cpu = 0, time.perf_counter(), time.process_time()
-        ids = torch.from_numpy(shard.ids[:, :-1]).long()
+        ids, parts = torch.from_numpy(shard.ids[:, :-1]).long(), []
         for start in range(0, len(ids), job.teacher.micro_batch):
             part = ids[start : start + job.teacher.micro_batch]
-            kind.encode(teacher.logits(part), shard.row_ids[start : start + len(part)])
+            parts.append(kind.extract(teacher.answer(part), shard.row_ids[start : start + len(part)]))
+        kind.pack(join(parts))
         rows += len(ids)
     tokens = rows * job.data.seq_len
     return {"tokens_per_s": tokens / (time.perf_counter() - started), "tokens_per_cpu_s": tokens / (time.process_time() - cpu)}

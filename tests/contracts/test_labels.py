@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import DataError, SpecError
-from orchestrator.labels import sampled
+from orchestrator.labels import answer as answers
+from orchestrator.labels.answer import Answer
 from orchestrator.labels.kinds import LabelKind, label_kind
+from orchestrator.labels.layout import Arrays, Frame, join
 from orchestrator.labels.sampled import draw
-from orchestrator.labels.targets import SparseTargets, id_width, pack_ids, unpack_ids
+from orchestrator.labels.targets import Sparse
 from orchestrator.spec.distill import SampledLabels, TopkLabels
 
 LOG_ODDS = 27.0
@@ -25,6 +28,9 @@ TIES = 1e-3
 LAST = 1 - 2.0**-53
 """The largest float64 below 1."""
 
+SEQ = 0
+"""Positions of a row; set where the logits are known."""
+
 METHODS = ["systematic", "multinomial"]
 TEMPERATURES = [0.5, 1.0, 2.0]
 
@@ -32,11 +38,24 @@ TEMPERATURES = [0.5, 1.0, 2.0]
 def sampled_kind(
     vocab: int, samples: int = 50, method: str = "systematic", temperatures: tuple[float, ...] = (1.0,)
 ) -> LabelKind:
-    return label_kind(SampledLabels(samples=samples, method=method, temperatures=temperatures), vocab)
+    return label_kind(SampledLabels(samples=samples, method=method, temperatures=temperatures), Frame(vocab, SEQ))
 
 
 def topk_kind(vocab: int, k: int, temperatures: tuple[float, ...] = (1.0,)) -> LabelKind:
-    return label_kind(TopkLabels(kind="topk", k=k, temperatures=temperatures), vocab)
+    return label_kind(TopkLabels(kind="topk", k=k, temperatures=temperatures), Frame(vocab, SEQ))
+
+
+def encode(kind: LabelKind, logits: torch.Tensor, seeds: list[bytes]) -> Arrays:
+    """What comes back of the labels of `logits` [rows, seq, vocab] after they were stored."""
+    kind._frame = replace(kind._frame, seq_len=logits.shape[1])  # type: ignore[attr-defined]
+    arrays = kind.extract(Answer.of_logits(logits), seeds)
+    back = kind.unpack(kind.pack(arrays))
+    assert same(back, arrays)
+    return back
+
+
+def same(one: Arrays, other: Arrays) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[name], values) for name, values in other.items())
 
 
 def random_logits(seed: int, *shape: int, scale: float = 3.0) -> torch.Tensor:
@@ -53,7 +72,7 @@ def softmax64(logits: torch.Tensor, temperature: float = 1.0) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def dense(targets: SparseTargets, vocab: int) -> np.ndarray:
+def dense(targets: Sparse, vocab: int) -> np.ndarray:
     """[rows, seq, vocab], float64"""
     out = np.zeros((*targets.ids.shape[:2], vocab))
     for row, position, place in np.ndindex(*targets.ids.shape):
@@ -132,8 +151,8 @@ def test_logits_of_one_id_draw_that_id() -> None:
         logits = torch.full((1, 2, vocab), -1e30)
         logits[0, 0, vocab - 1] = logits[0, 1, 0] = 1e30 if vocab == 1 else 50.0
         for method in METHODS:
-            kind = sampled_kind(vocab, method=method)
-            targets = kind.decode(kind.encode(logits, row_seeds(1)), 1.0)
+            kind = sampled_kind(vocab, min(vocab, 50), method)
+            targets = kind.targets(encode(kind, logits, row_seeds(1)), 1.0)
             assert targets.ids.tolist() == [[[vocab - 1], [0]]]
             assert targets.probs.tolist() == [[[1.0], [1.0]]]
 
@@ -145,13 +164,13 @@ def test_logits_of_one_id_draw_that_id() -> None:
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_counts_sum_to_the_samples(seed: int, method: str, temperature: float) -> None:
     for samples in (1, 7, 50, 255):
-        kind = sampled_kind(101, samples, method, (temperature,))
-        targets = kind.decode(kind.encode(random_logits(seed, 3, 5, 101), row_seeds(3)), temperature)
+        kind = sampled_kind(301, samples, method, (temperature,))
+        targets = kind.targets(encode(kind, random_logits(seed, 3, 5, 301), row_seeds(3)), temperature)
         assert targets.tail is None
         counts = targets.probs.double() * samples
         assert (counts - counts.round()).abs().max() < 1e-4
         assert (counts.round().sum(-1) == samples).all()
-        assert targets.ids.max() < 101
+        assert targets.ids.max() < 301
         for ids, probs in zip(targets.ids.flatten(0, 1), targets.probs.flatten(0, 1), strict=True):
             assert (ids[probs > 0].diff() > 0).all(), "each id once, ascending"
             assert (ids[probs == 0] == 0).all()
@@ -161,18 +180,18 @@ def test_counts_sum_to_the_samples(seed: int, method: str, temperature: float) -
 def test_systematic_counts_are_floor_or_ceiling(seed: int, temperature: float) -> None:
     logits, samples = random_logits(seed, 8, 16, 67), 50
     kind = sampled_kind(67, samples, "systematic", (temperature,))
-    counts = (dense(kind.decode(kind.encode(logits, row_seeds(8, seed)), temperature), 67) * samples).round()
+    counts = (dense(kind.targets(encode(kind, logits, row_seeds(8, seed)), temperature), 67) * samples).round()
     expected = softmax64(logits, temperature) * samples
     assert (counts >= np.floor(expected - 1e-4)).all()
     assert (counts <= np.ceil(expected + 1e-4)).all()
     multinomial = sampled_kind(67, samples, "multinomial", (temperature,))
-    other = (dense(multinomial.decode(multinomial.encode(logits, row_seeds(8, seed)), temperature), 67) * samples).round()
+    other = (dense(multinomial.targets(encode(multinomial, logits, row_seeds(8, seed)), temperature), 67) * samples).round()
     assert (other > np.ceil(expected + 1e-4)).any(), "independent draws are not bound so"
 
 
 def mean_of_draws(kind: LabelKind, logits: torch.Tensor, temperature: float, draws: int, salt: int) -> np.ndarray:
     """Mean target over `draws` rows with the same `logits` [seq, vocab]."""
-    targets = kind.decode(kind.encode(logits.expand(draws, -1, -1), row_seeds(draws, salt)), temperature)
+    targets = kind.targets(encode(kind, logits.expand(draws, -1, -1), row_seeds(draws, salt)), temperature)
     total = torch.zeros(logits.shape, dtype=torch.float64)
     for ids, probs in zip(targets.ids, targets.probs, strict=True):
         total.scatter_add_(1, ids, probs.double())
@@ -222,38 +241,27 @@ def test_a_row_is_labelled_alike_in_any_company(seed: int, monkeypatch: pytest.M
         sampled_kind(333, method="multinomial"),
         topk_kind(333, 20, (1.0, 2.0)),
     ):
-        whole = kind.encode(logits, seeds)
-        assert kind.encode(logits, seeds) == whole
-        parts = [kind.encode(logits[a:b], seeds[a:b]) for a, b in ((0, 1), (1, 4), (4, 7))]
-        assert {name: [v for part in parts for v in part[name]] for name in whole} == whole
+        whole = encode(kind, logits, seeds)
+        assert same(encode(kind, logits, seeds), whole)
+        parts = [encode(kind, logits[a:b], seeds[a:b]) for a, b in ((0, 1), (1, 4), (4, 7))]
+        assert same(join(parts), whole)
+        assert not same(join(parts[::-1]), whole)
         with monkeypatch.context() as patch:
-            patch.setattr(sampled, "ENTRIES_PER_CHUNK", 1000)
-            assert kind.encode(logits, seeds) == whole
+            patch.setattr(answers, "ENTRIES_PER_CHUNK", 1000)
+            assert same(encode(kind, logits, seeds), whole)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_draws_differ_between_rows_and_positions_and_temperatures(seed: int, method: str) -> None:
     """Under uniform logits only the seeds can tell draws apart; one row has 50 outcomes a position."""
     kind = sampled_kind(500, 10, method, (1.0, 2.0))
-    columns = kind.encode(torch.zeros(4, 40, 500), row_seeds(4, seed))
-    rows = [row for temperature in (1.0, 2.0) for row in kind.decode(columns, temperature).ids.tolist()]
+    columns = encode(kind, torch.zeros(4, 40, 500), row_seeds(4, seed))
+    rows = [row for temperature in (1.0, 2.0) for row in kind.targets(columns, temperature).ids.tolist()]
     assert len({str(row) for row in rows}) == 8
     assert all(len({str(position) for position in row}) > 10 for row in rows)
 
 
 # The byte layout.
-
-
-@given(st.integers(1, 4).flatmap(lambda w: st.tuples(st.just(w), st.lists(st.lists(st.integers(0, 256**w - 1))))))
-def test_ids_survive_packing(case: tuple[int, list[list[int]]]) -> None:
-    width, rows = case
-    blobs = [pack_ids(np.array(row, dtype=np.int64), width) for row in rows]
-    assert [len(blob) for blob in blobs] == [width * len(row) for row in rows]
-    assert unpack_ids(blobs, width).tolist() == [i for row in rows for i in row]
-
-
-def test_width_of_ids() -> None:
-    assert [id_width(v) for v in (300, 1 << 16, (1 << 16) + 1, 262_144, 1 << 24, (1 << 24) + 1)] == [2, 2, 3, 3, 3, 4]
 
 
 @given(st.sampled_from([65_536, 65_537, 70_001]), st.data())
@@ -264,7 +272,7 @@ def test_sampled_labels_survive_the_round_trip(vocab: int, data: st.DataObject) 
     for position, ids in enumerate(positions):
         logits[0, position, sorted(ids)] = 1.0
     kind = sampled_kind(vocab, 12)
-    targets = kind.decode(kind.encode(logits, row_seeds(1)), 1.0)
+    targets = kind.targets(encode(kind, logits, row_seeds(1)), 1.0)
     for ids, got, probs in zip(positions, targets.ids[0], targets.probs[0], strict=True):
         assert got[probs > 0].tolist() == sorted(ids)
         assert (probs[probs > 0] - 1 / len(ids)).abs().max() < 1 / 12
@@ -274,7 +282,7 @@ def test_sampled_labels_survive_the_round_trip(vocab: int, data: st.DataObject) 
 def test_rows_of_different_length_decode_side_by_side(seed: int) -> None:
     kind = sampled_kind(50)
     logits = torch.cat([torch.full((1, 3, 50), 0.0), torch.nn.functional.one_hot(torch.tensor([[4, 5, 6]]), 50) * 100.0])
-    both = kind.decode(kind.encode(logits, row_seeds(2, seed)), 1.0)
+    both = kind.targets(encode(kind, logits, row_seeds(2, seed)), 1.0)
     assert both.ids.shape == (2, 3, 50)
     assert both.ids[1, :, 0].tolist() == [4, 5, 6]
     assert both.probs[1].sum() == 3
@@ -294,7 +302,7 @@ def fp16_tolerance(log_probs: np.ndarray, temperature: float) -> np.ndarray:
 def test_topk_is_the_head_of_the_teacher(seed: int, temperature: float, k: int) -> None:
     logits, vocab = random_logits(seed, 4, 6, 200, scale=2.0), 200
     kind = topk_kind(vocab, k, tuple(TEMPERATURES))
-    targets = kind.decode(kind.encode(logits, row_seeds(4)), temperature)
+    targets = kind.targets(encode(kind, logits, row_seeds(4)), temperature)
     p = softmax64(logits, temperature)
     ids = targets.ids.numpy()
     assert ids.shape == (4, 6, k)
@@ -312,8 +320,8 @@ def test_the_temperature_trap(seed: int, temperature: float) -> None:
     """What k values at temperature 1 and their leftover cannot give: neither rebuilding is anywhere near."""
     logits, vocab, k = random_logits(seed, 4, 6, 1000, scale=1.5), 1000, 20
     kind = topk_kind(vocab, k, (1.0, temperature))
-    columns = kind.encode(logits, row_seeds(4))
-    targets, at_one = kind.decode(columns, temperature), kind.decode(columns, 1.0)
+    columns = encode(kind, logits, row_seeds(4))
+    targets, at_one = kind.targets(columns, temperature), kind.targets(columns, 1.0)
     head = np.take_along_axis(softmax64(logits, temperature), targets.ids.numpy(), -1)
     powers = at_one.probs.double().numpy() ** (1 / temperature)
     assert at_one.tail is not None
@@ -331,9 +339,9 @@ def test_topk_of_very_flat_and_very_steep_teachers() -> None:
     kind = topk_kind(300, 5, (0.5, 1.0, 100.0))
     logits = torch.zeros(1, 2, 300)
     logits[0, 1, 7] = 1e4
-    columns = kind.encode(logits, row_seeds(1))
+    columns = encode(kind, logits, row_seeds(1))
     for temperature in (0.5, 1.0, 100.0):
-        targets = kind.decode(columns, temperature)
+        targets = kind.targets(columns, temperature)
         assert targets.tail is not None
         assert torch.isfinite(targets.probs).all()
         assert targets.probs[0, 0].tolist() == pytest.approx([1 / 300] * 5, rel=1e-4)
@@ -349,11 +357,11 @@ def test_topk_of_very_flat_and_very_steep_teachers() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_that_are_no_numbers_are_refused(seed: int, kind: LabelKind, values: list[float], dtype: torch.dtype) -> None:
     logits = random_logits(seed, 5, 4, 60).to(dtype)
-    kind.encode(logits, row_seeds(5))
+    encode(kind, logits, row_seeds(5))
     for place, value in enumerate(values):
         logits[3, 2, 10 + place] = value
-    with pytest.raises(DataError, match=r"not finite in 1 of 5 rows, first: row 3") as caught:
-        kind.encode(logits, row_seeds(5))
+    with pytest.raises(DataError, match="not finite, first in row 3") as caught:
+        encode(kind, logits, row_seeds(5))
     assert caught.value.exit_code == 3
 
 
@@ -362,14 +370,16 @@ def test_logits_that_are_no_numbers_are_refused(seed: int, kind: LabelKind, valu
 def test_huge_but_finite_logits_are_taken(labels: Any) -> None:
     logits = torch.full((1, 1, 1000), 3e34)
     logits[0, 0, 5] = 3.1e34
-    kind = label_kind(labels, 1000)
-    targets = kind.decode(kind.encode(logits, row_seeds(1)), 1.0)
-    assert int(targets.ids[0, 0, 0]) == 5
-    assert float(targets.probs[0, 0, 0]) == 1
+    kind = label_kind(labels, Frame(1000, SEQ))
+    targets = kind.targets(encode(kind, logits, row_seeds(1)), 1.0)
+    assert targets.probs[targets.ids == 5].max() == 1
 
 
 def test_more_ids_than_the_vocabulary_has_are_refused() -> None:
     topk_kind(60, 60)
+    sampled_kind(60, 60)
+    with pytest.raises(SpecError, match=r"labels\.samples: 61 exceeds the vocabulary of 60"):
+        sampled_kind(60, 61)
     with pytest.raises(SpecError, match=r"labels\.k: 61 exceeds the vocabulary of 60") as caught:
         topk_kind(60, 61)
     assert caught.value.exit_code == 2

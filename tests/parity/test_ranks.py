@@ -24,7 +24,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from orchestrator.labels.answer import Answer
 from orchestrator.labels.kinds import label_kind
+from orchestrator.labels.layout import Frame
+from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.models.build import build_model
 from orchestrator.plan.order import TrainingOrder
 from orchestrator.runtime.environment import limit_threads, prepare_deepspeed
@@ -97,7 +100,7 @@ class Bench:
     def job(self, case: Case, world: int, stage: str = "student") -> TrainingJob:
         soft = None
         if case.labels != "hard":
-            soft = Soft(self.logs[case.labels], *LABELS[case.labels])
+            soft = Soft(self.logs[case.labels], *LABELS[case.labels], teacher=Path())
         train = Train(
             steps=STEPS,
             global_batch=ROWS,
@@ -135,12 +138,12 @@ def build_bench(root: Path) -> Bench:
 
 def write_log(store: Store, name: str, labels: Labels, shards: list[TokenShard]) -> str:
     """Labels of a teacher that is sure of a few ids, other ones at every position."""
-    log, kind = LabelLog.open(store, {"name": name}), label_kind(labels, VOCAB)
+    log, kind = LabelLog.open(store, {"name": name}), label_kind(labels, Frame(VOCAB, SEQ))
     for shard, tokens in enumerate(shards):
         logits = torch.randn(len(tokens.row_ids), SEQ, VOCAB, generator=torch.Generator().manual_seed(shard)) * 3
         if name == "shifted":
             logits = logits.roll(1, 1)
-        log.commit(shard, tokens, kind.encode(logits, tokens.row_ids))
+        log.commit(shard, tokens, kind.pack(kind.extract(Answer.of_logits(logits), tokens.row_ids)))
     return log.key
 
 
@@ -170,14 +173,14 @@ def dense_targets(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Probabilities [rows, seq, vocab], which ids the teacher named [rows, seq, vocab], mass of the others [rows, seq]."""
     assert job.soft is not None
-    log, kind = LabelLog(bench.store, job.soft.log_key), label_kind(job.soft.labels, VOCAB)
+    log, kind = LabelLog(bench.store, job.soft.log_key), label_kind(job.soft.labels, Frame(VOCAB, SEQ))
     parts = []
     for shard, row in rows:
         tokens = read_tokens(bench.store, "data/x/train", bench.manifest.train[shard])
         record = log.committed(shard)
         assert record is not None
-        columns = {name: [values[row]] for name, values in log.read(shard, record, tokens).items()}
-        decoded = kind.decode(columns, job.soft.objective.temperature)
+        arrays = {name: values[row : row + 1] for name, values in kind.unpack(log.read(shard, record, tokens)).items()}
+        decoded = kind.targets(arrays, job.soft.objective.temperature)
         dense = torch.zeros(SEQ, VOCAB, dtype=torch.float64)
         dense.scatter_add_(1, decoded.ids[0], decoded.probs[0].double())
         kept = torch.zeros(SEQ, VOCAB, dtype=torch.bool).scatter_(1, decoded.ids[0], value=True)
@@ -248,8 +251,17 @@ def rank_main(rank: int, world: int, root: Path, bench: Bench) -> None:
     dist.destroy_process_group()
 
 
+def course(job: TrainingJob) -> ObjectiveSchedule:
+    return ObjectiveSchedule(job.objective, STEPS, torch.device("cpu"))
+
+
 def run_steps(
-    bench: Bench, job: TrainingJob, engine: Any, first: int, after: Callable[[int], bool] = lambda _: True
+    bench: Bench,
+    job: TrainingJob,
+    engine: Any,
+    schedule: ObjectiveSchedule,
+    first: int,
+    after: Callable[[int], bool] = lambda _: True,
 ) -> list[list[float]]:
     """(loss, CE, KL) of the steps from `first` on, until `after`, told the steps done, says stop."""
     from orchestrator.student.feed import Feed
@@ -257,7 +269,7 @@ def run_steps(
 
     losses = []
     for step, micro_batches in Feed(bench.store, job, dist.get_rank(), dist.get_world_size(), lambda: None).steps(first):
-        losses.append(train_step(engine, job, step, micro_batches).tolist())
+        losses.append(train_step(engine, job, schedule, step, micro_batches).tolist())
         if not after(step + 1):
             break
     return losses
@@ -269,9 +281,9 @@ def train_through(bench: Bench, case: Case, world: int) -> dict[str, Any]:
     from orchestrator.student.worker import save_model
 
     job = bench.job(case, world)
-    engine = start_engine(job)
-    losses = run_steps(bench, job, engine, 0)
-    save_checkpoint(engine, bench.store, f"through/{world}/{case.name}", STEPS)
+    engine, schedule = start_engine(job), course(job)
+    losses = run_steps(bench, job, engine, schedule, 0)
+    save_checkpoint(engine, schedule, bench.store, f"through/{world}/{case.name}", STEPS)
     save_model(engine, bench.store, job, "data/x/tokenizer", {})
     engine.destroy()
     return {"losses": losses}
@@ -284,11 +296,11 @@ def train_resumed(bench: Bench, case: Case, world: int) -> dict[str, Any]:
 
     job = bench.job(case, world, "resumed")
     before, losses = interrupted(bench, job, 3)
-    engine = start_engine(job)
-    first = restore_checkpoint(engine, bench.store, job.folder)
-    losses += run_steps(bench, job, engine, first)
+    engine, schedule = start_engine(job), course(job)
+    first = restore_checkpoint(engine, schedule, bench.store, job.folder)
+    losses += run_steps(bench, job, engine, schedule, first)
     folder = f"again/{world}/{case.name}"
-    save_checkpoint(engine, bench.store, folder, STEPS)
+    save_checkpoint(engine, schedule, bench.store, folder, STEPS)
     engine.destroy()
     checkpoint = f"checkpoints/step-{STEPS:06d}/engine"
     through = bench.store.path(f"through/{world}/{case.name}/{checkpoint}")
@@ -301,13 +313,13 @@ def interrupted(bench: Bench, job: TrainingJob, until: int) -> tuple[Path, list[
     from orchestrator.student.checkpoint import save_checkpoint
     from orchestrator.student.engine import start_engine
 
-    engine = start_engine(job)
+    engine, schedule = start_engine(job), course(job)
 
     def keep(done: int) -> bool:
-        save_checkpoint(engine, bench.store, job.folder, done)
+        save_checkpoint(engine, schedule, bench.store, job.folder, done)
         return done < until
 
-    losses = run_steps(bench, job, engine, 0, keep)
+    losses = run_steps(bench, job, engine, schedule, 0, keep)
     engine.destroy()
     return checkpoint_of(bench, job, until) / "engine", losses
 
@@ -362,7 +374,7 @@ def restore_damaged(bench: Bench, world: int) -> dict[str, Any]:
             damage()
         dist.barrier()
         try:
-            found[name] = restore_checkpoint(engine, bench.store, job.folder)
+            found[name] = restore_checkpoint(engine, course(job), bench.store, job.folder)
         except Exception as error:
             found[name] = repr(error)
     engine.destroy()
@@ -417,7 +429,7 @@ def attempt(bench: Bench, job: TrainingJob, canary: Path) -> dict[str, Any]:
 
     engine = start_engine(job)
     try:
-        outcome: Any = restore_checkpoint(engine, bench.store, job.folder)
+        outcome: Any = restore_checkpoint(engine, course(job), bench.store, job.folder)
     except Exception as error:
         outcome = type(error).__name__
     engine.destroy()

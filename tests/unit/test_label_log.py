@@ -181,10 +181,10 @@ def test_a_new_identity_never_meets_old_labels(log: LabelLog) -> None:
 
 def test_a_schema_version_is_not_read_by_another(log: LabelLog, monkeypatch: pytest.MonkeyPatch) -> None:
     log.commit(0, tokens_of(0), labels_of(tokens_of(0)))
-    assert log.identity() == {"schema_version": 1, **IDENTITY}
-    monkeypatch.setattr(label_log, "LABEL_SCHEMA_VERSION", 2)
+    assert log.identity() == {"schema_version": 2, **IDENTITY}
+    monkeypatch.setattr(label_log, "LABEL_SCHEMA_VERSION", 3)
     assert LabelLog.open(log.store, IDENTITY).key != log.key
-    with pytest.raises(IntegrityError, match="not a label log of schema version 2"):
+    with pytest.raises(IntegrityError, match="not a label log of schema version 3"):
         log.verify()
 
 
@@ -222,7 +222,7 @@ def test_a_thousand_flipped_bits_are_all_found(log: LabelLog, seed: int) -> None
     rng = random.Random(seed)
     tokens = {shard: tokens_of(shard, rows=rows, seq=256) for shard, rows in ((0, 64), (1, 64), (11, 40))}
     records = {shard: log.commit(shard, part, labels_of(part, shard)) for shard, part in tokens.items()}
-    assert all(record.bytes > 200_000 for record in records.values()), "shards of realistic size"
+    assert all(record.bytes > 100_000 for record in records.values()), "shards of realistic size"
     hit: set[int] = set()
     for _ in range(1000):
         shard = rng.choice(list(tokens))
@@ -359,7 +359,7 @@ def test_a_damaged_file_is_not_sealed(log: LabelLog, shards: list[TokenShard], d
         os.truncate(file, records[1].bytes // 2)
     else:
         column = pq.ParquetFile(file).metadata.row_group(0).column(0)
-        middle = column.dictionary_page_offset + column.total_compressed_size // 2
+        middle = column.data_page_offset + column.total_compressed_size // 2
         flip(file, 8 * (middle if damage == "row id column" else records[1].bytes - 10))
     with pytest.raises(IntegrityError, match=f"label shard 1: .*{re.escape(records[1].file)}"):
         log.seal([0, 1, 2, 3], manifest_of(shards))

@@ -165,7 +165,7 @@ def test_a_packed_piece_is_not_read_again(tmp_path: Path, store: Store) -> None:
         Path(path).unlink()
     assert pack_piece(store, FOLDER, data, piece, FACTS) == first
     shutil.copytree(store.path(f"{FOLDER}/tokenizer"), store.path("data/other/tokenizer"))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DataError, match="cannot be read"):
         pack_piece(store, "data/other", data, piece, FACTS)
 
 

@@ -23,7 +23,7 @@ from orchestrator.plan.fingerprint import canonical, fingerprint
 from orchestrator.plan.make import Plan, make_plan
 from orchestrator.plan.memory import DENSE_DECODERS, label_bytes_per_token, parameter_count, worker_memory
 from orchestrator.plan.schedule import learning_rate
-from orchestrator.spec.distill import SampledLabels, TopkLabels
+from orchestrator.spec.distill import DenseLabels, HiddenLabels, SampledLabels, TopkLabels
 from orchestrator.spec.job import Job
 from orchestrator.spec.load import load_job
 from orchestrator.spec.model import Model, PretrainTeacher
@@ -201,26 +201,36 @@ def test_memory_by_zero_stage() -> None:
     """Rajbhandari et al. 2020, 16 bytes a parameter in mixed precision here with fp32 gradients: 2 + 4 + 12."""
     for stage, expected in ((1, [2, 4, 3]), (2, [2, 1, 3]), (3, [0.5, 1, 3])):
         train = Train(workers=4, global_batch=16, micro_batch=2, precision="bf16", parallel=Zero(stage=stage))  # type: ignore[arg-type]
-        memory = worker_memory(1000, train, 10, 50)
+        memory = worker_memory(1000, train, 10, 50, 8)
         assert [memory.weights, memory.gradients, memory.optimizer] == [e * 1000 for e in expected]
-        assert memory.logits == 3 * 4 * 2 * 10 * 50
-        assert memory.total == sum(expected) * 1000 + memory.logits
-    full = worker_memory(1000, Train(precision="fp32", parallel=Zero(stage=0)), 10, 50)
+        assert memory.head == 4 * 50 * (3 * 2 * 10 + 8), "one chunk holds all positions, and the weight's gradient in fp32"
+        assert memory.total == sum(expected) * 1000 + memory.head
+    full = worker_memory(1000, Train(precision="fp32", parallel=Zero(stage=0)), 10, 50, 8)
     assert [full.weights, full.gradients, full.optimizer] == [4000, 4000, 8000]
 
 
 @pytest.mark.parametrize("vocab", [300, 70_000])
 @pytest.mark.parametrize(
-    "labels", [SampledLabels(temperatures=(1.0, 2.0)), TopkLabels(kind="topk", k=20, temperatures=(1.0, 2.0))]
+    "labels",
+    [
+        SampledLabels(temperatures=(1.0, 2.0)),
+        TopkLabels(kind="topk", k=20, temperatures=(1.0, 2.0)),
+        DenseLabels(kind="dense"),
+        HiddenLabels(kind="hidden", codec="int8"),
+    ],
 )
 def test_label_bytes_are_an_upper_bound(vocab: int, labels: Any) -> None:
     import torch
 
+    from orchestrator.labels.answer import Answer
     from orchestrator.labels.kinds import label_kind
+    from orchestrator.labels.layout import Frame
 
-    logits = torch.zeros(1, 5, vocab)  # as many different ids as there can be
-    columns = label_kind(labels, vocab).encode(logits, [b"seed"])
-    assert sum(len(blob) for blobs in columns.values() for blob in blobs) == label_bytes_per_token(labels, vocab) * 5
+    logits = torch.randn(1, 5, vocab, generator=torch.Generator().manual_seed(3)) / 10  # nearly as many ids as there can be
+    kind = label_kind(labels, Frame(vocab, 5))
+    columns = kind.pack(kind.extract(Answer.of_logits(logits), [b"seed"]))
+    size = sum(len(blob) for name, blobs in columns.items() for blob in blobs if not name.startswith(("table", "sizes")))
+    assert size <= label_bytes_per_token(labels, vocab, vocab) * 5 <= 2.5 * size, "but for what a whole shard shares"
 
 
 # Fingerprints.
@@ -281,7 +291,9 @@ def test_figures_of_a_plan() -> None:
     plan = plan_of(train=train)
     assert plan.run_key == "runs/x"
     assert plan.label_rows == 204
-    assert plan.label_bytes_at_most == 204 * 256 * (1 + 50 * 3)
+    assert plan.label_bytes_at_most == int(
+        204 * 256 * label_bytes_per_token(plan.job.labels, plan.job.data.tokenizer.vocab_size, 0)
+    )
     assert plan.student.batch == Batch(12, 3, 2, 2)
     assert plan.student.deepspeed == deepspeed_config(train)
     assert plan.teacher is not None

@@ -1,0 +1,54 @@
+"""What label kinds share: the two forms that labels take between a teacher's answer and a loss's targets.
+
+Arrays are what is kept of an answer, rows first; columns are those arrays as bytes, one value per row, as a shard stores
+them. A shard is packed and unpacked as a whole, so that what its rows have in common is stored once.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# The numpy stubs leave types open.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Arrays = dict[str, npt.NDArray[Any]]
+"""By name, [rows, ...]."""
+Columns = dict[str, list[bytes]]
+"""One bytes value per row, by column."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a label kind needs to know beside its own section of the job file."""
+
+    vocab_size: int
+    seq_len: int
+    """Positions of a row."""
+    head: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """The teacher's head, [n, width] to logits [n, vocab]; for reading the kinds that leave it to the reader."""
+
+
+def tempered(name: str, temperature: float) -> str:
+    """Name of an array or a column that belongs to one temperature."""
+    return f"{name}@{temperature:g}"
+
+
+def pack(values: npt.NDArray[Any], dtype: str) -> list[bytes]:
+    """`values` [rows, ...] in a little-endian numpy dtype, one bytes value per row."""
+    return [row.astype(dtype).tobytes() for row in values]
+
+
+def unpack(rows: Sequence[bytes], dtype: str, *shape: int) -> npt.NDArray[Any]:
+    """The values of several rows, [rows, *shape]; one of `shape` may be -1."""
+    return np.frombuffer(bytearray(b"".join(rows)), dtype=dtype).reshape(len(rows), *shape)
+
+
+def join(parts: Sequence[Arrays]) -> Arrays:
+    """Arrays of several answers as those of all their rows."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,123 @@
+"""The chunked head: loss and gradients from the last hidden state, nothing of size [tokens, vocab] ever alive.
+
+A chunk of positions at a time: logits, loss and its gradient by the logits in place, then both gradient GEMMs at once,
+because the logits are not there any more when backward comes. Softmax and loss are fp32; the GEMMs run in the dtype of
+their inputs and the weight's gradient accumulates in fp32.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# The torch stubs leave types open.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from orchestrator.plan.memory import head_rows
+
+Tensor = torch.Tensor
+
+VOCAB_BLOCK = 8192
+"""Ids whose part of the weight's gradient is made at a time where the GEMM does not run in fp32 itself."""
+
+Score = Callable[[Tensor, slice], Tensor]
+"""(logits [c, vocab] fp32, which positions they are) to the terms' sums [t], the loss first; overwrites the logits with the
+gradient of the loss."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits: softcap(scale * (hidden @ weight.T + bias))."""
+
+    weight: Tensor
+    """[vocab, width]"""
+    bias: Tensor | None = None
+    """[vocab]"""
+    scale: float = 1.0
+    softcap: float | None = None
+    """Logits are squashed into (-softcap, softcap) by tanh, as Gemma 2 does."""
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [n, vocab], fp32, of `hidden` [n, width]."""
+        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = logits.to(_at_least_fp32(logits.dtype))
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def backward(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """The `gradient` by the logits, in place, as that by hidden @ weight.T; `logits` are needed under a softcap."""
+        if self.softcap is not None:
+            assert logits is not None
+            gradient.addcmul_(gradient * logits, logits, value=-1 / self.softcap**2)
+        return gradient.mul_(self.scale) if self.scale != 1 else gradient
+
+
+def chunked_loss(hidden: Tensor, head: Head, score: Score) -> Tensor:
+    """Sums of the loss and its terms, [t], from `hidden` [n, width]; only the first has a gradient."""
+    needs = torch.is_grad_enabled()
+    return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, score, needs)  # pyright: ignore[reportReturnType]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, score: Score, needs: bool) -> Tensor:
+        by_hidden = torch.empty_like(hidden) if needs and hidden.requires_grad else None
+        by_weight = torch.zeros_like(weight, dtype=_at_least_fp32(weight.dtype)) if needs and weight.requires_grad else None
+        by_bias = (
+            torch.zeros_like(bias, dtype=_at_least_fp32(bias.dtype))
+            if needs and bias is not None and bias.requires_grad
+            else None
+        )
+        sums: Tensor | None = None
+        rows = head_rows(len(weight))
+        for start in range(0, len(hidden), rows):
+            part = slice(start, min(start + rows, len(hidden)))
+            logits = head(hidden[part])
+            capped = logits.clone() if head.softcap is not None and needs else None
+            terms = score(logits, part)
+            sums = terms if sums is None else sums + terms
+            if not needs:
+                continue
+            gradient = head.backward(logits, capped)
+            if by_bias is not None:
+                by_bias += gradient.sum(0)
+            gradient = gradient.to(weight.dtype)
+            if by_hidden is not None:
+                torch.mm(gradient, weight, out=by_hidden[part])
+            if by_weight is not None:
+                _accumulate(by_weight, gradient, hidden[part].to(weight.dtype))
+        assert sums is not None
+        ctx.gradients = (
+            by_hidden,
+            None if by_weight is None else by_weight.to(weight.dtype),
+            None if by_bias is None or bias is None else by_bias.to(bias.dtype),
+        )
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        scale = outputs[0][0]
+        by_input = [None if g is None else g.mul_(scale) for g in ctx.gradients]
+        ctx.gradients = None
+        return (*by_input, None, None, None)
+
+
+def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total += gradient.T @ hidden, in fp32"""
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.T, hidden)
+    else:
+        for start in range(0, len(total), VOCAB_BLOCK):
+            block = slice(start, start + VOCAB_BLOCK)
+            total[block] += gradient[:, block].T @ hidden
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

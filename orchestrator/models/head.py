@@ -1,0 +1,62 @@
+"""The output head of a causal LM, taken out of it so that a loss can apply it chunk by chunk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from orchestrator.errors import SpecError
+from orchestrator.losses.head import Head
+from orchestrator.models.build import device
+
+TRIAL_IDS = 8
+
+
+def output_head(model: PreTrainedModel) -> Head:
+    """The head of `model`; shares its weights."""
+    layer: Any = model.get_output_embeddings()
+    config: Any = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon H1
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+def last_hidden(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """[rows, seq, width]: what the head of `model` is applied to, for `ids` [rows, seq]."""
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, section: str) -> None:
+    """Raise `SpecError` if the head of `model` makes anything else of its hidden states than the model itself does."""
+    ids = torch.arange(TRIAL_IDS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    own = model(input_ids=ids, use_cache=False).logits.float()[0]
+    taken = output_head(model)(last_hidden(model, ids)[0])
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    if own.shape != taken.shape or not torch.allclose(own, taken, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+        raise SpecError(f"{section}: {type(model).__name__} makes its logits in a way that the chunked head does not know")
+
+
+def load_head(folder: Path, dtype: torch.dtype) -> Head:
+    """The head of the causal LM in `folder` alone, on the best device there is; nothing else of the model is loaded."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    head = output_head(model)
+    names = {id(p): name for name, p in reversed([*model.named_parameters(remove_duplicate=False)])}
+    weight = _read(folder, names[id(head.weight)]).to(device(), dtype)
+    bias = None if head.bias is None else _read(folder, names[id(head.bias)]).to(device(), dtype)
+    return Head(weight, bias, head.scale, head.softcap)
+
+
+def _read(folder: Path, name: str) -> torch.Tensor:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            if name in weights.keys():  # noqa: SIM118 — not a dict
+                return weights.get_tensor(name)
+    raise SpecError(f"teacher: {folder} holds no tensor {name}")
