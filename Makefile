@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart gemma test lint faults seeds bench clean
+.PHONY: quickstart gemma test lint faults seeds bench bench-head bench-trl bench-labels learn clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -35,6 +35,18 @@ seeds: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tests/bench/bench.py
+
+bench-head: $(READY)
+	$(BIN)/python tests/bench/head.py
+
+bench-trl: $(READY)
+	$(BIN)/python tests/bench/trl.py
+
+bench-labels: $(READY)
+	$(BIN)/python tests/bench/labels.py
+
+learn: $(READY)
+	$(BIN)/python tests/bench/learn.py
 
 clean:
 	rm -rf .venv distill-store

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,6 +25,8 @@ class Answer:
     head: Callable[[torch.Tensor], torch.Tensor]
     """[n, width] to logits [n, vocab], fp32"""
     vocab_size: int
+    features: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Inner features by name, [rows, seq, width]."""
 
     def logits(self) -> Iterator[torch.Tensor]:
         """Logits of all positions, row after row, in chunks [c, vocab]; raises `DataError` for one that is no number."""

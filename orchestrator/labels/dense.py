@@ -11,7 +11,7 @@ import torch
 from orchestrator.labels.answer import Answer
 from orchestrator.labels.layout import Arrays, Columns, Frame, pack, unpack
 from orchestrator.labels.targets import Dense
-from orchestrator.spec.distill import DenseLabels
+from orchestrator.spec.labels import DenseLabels
 
 DTYPES = {"fp16": "<f2", "fp32": "<f4"}
 

@@ -12,7 +12,7 @@ from orchestrator.labels.answer import Answer
 from orchestrator.labels.layout import Arrays, Columns, Frame
 from orchestrator.labels.targets import Hidden
 from orchestrator.labels.vectors import Vectors
-from orchestrator.spec.distill import HiddenLabels
+from orchestrator.spec.labels import HiddenLabels
 
 
 class HiddenKind:

@@ -15,7 +15,7 @@ from orchestrator.labels.layout import Arrays, Columns, Frame
 from orchestrator.labels.sampled import Sampled
 from orchestrator.labels.targets import Targets
 from orchestrator.labels.topk import Topk
-from orchestrator.spec.distill import Labels
+from orchestrator.spec.labels import Labels
 
 
 class LabelKind(Protocol):

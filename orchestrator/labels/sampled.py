@@ -23,7 +23,7 @@ from orchestrator.labels.answer import Answer
 from orchestrator.labels.layout import Arrays, Columns, Frame, tempered
 from orchestrator.labels.setcode import COLUMNS, decode_sets, encode_sets
 from orchestrator.labels.targets import Sparse
-from orchestrator.spec.distill import SampledLabels
+from orchestrator.spec.labels import SampledLabels
 
 BLOCK = 32
 """Ids per block of the two-level inverse CDF; measured best on CPU between 16 and 256 for 4k to 262k ids."""

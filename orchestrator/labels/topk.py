@@ -17,7 +17,7 @@ from orchestrator.labels.answer import Answer
 from orchestrator.labels.layout import Arrays, Columns, Frame, pack, tempered, unpack
 from orchestrator.labels.setcode import ID_COLUMNS, decode_ids, encode_ids
 from orchestrator.labels.targets import Sparse
-from orchestrator.spec.distill import TopkLabels
+from orchestrator.spec.labels import TopkLabels
 
 
 class Topk:

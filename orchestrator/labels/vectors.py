@@ -10,10 +10,12 @@ from typing import Literal
 import numpy as np
 import torch
 
+from orchestrator.errors import DataError
 from orchestrator.labels.layout import Arrays, Columns, pack, unpack
 
 VectorCodec = Literal["fp16", "int8"]
 INT8_LIMIT = 127
+FP16_LIMIT = 65504.0
 
 
 class Vectors:
@@ -26,6 +28,9 @@ class Vectors:
 
     def extract(self, vectors: torch.Tensor) -> Arrays:
         vectors = vectors.float().cpu()
+        most = float(vectors.abs().amax())
+        if not most <= (FP16_LIMIT if self._codec == "fp16" else torch.finfo(torch.float32).max):
+            raise DataError(f"the teacher's {self._name} reach {most:g}, beyond what {self._codec} holds")
         if self._codec == "fp16":
             return {self._name: vectors.numpy().astype("<f2")}
         scale = vectors.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / INT8_LIMIT

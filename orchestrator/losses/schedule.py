@@ -10,7 +10,7 @@ import torch
 from orchestrator.losses.divergence import FUNCTIONS, Function
 from orchestrator.losses.objective import Mixture
 from orchestrator.plan.schedule import scheduled
-from orchestrator.spec.distill import Divergence, Objective, Taid
+from orchestrator.spec.objective import Divergence, Objective, Taid
 
 Tensor = torch.Tensor
 

@@ -56,5 +56,12 @@ def load_model(folder: Path, dtype: Literal["bf16", "fp32"]) -> PreTrainedModel:
     return model.eval()
 
 
+def outline(folder: Path) -> PreTrainedModel:
+    """The causal LM in `folder` without any weights: for its shapes."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

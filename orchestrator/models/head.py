@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from orchestrator.errors import SpecError
 from orchestrator.losses.head import Head
-from orchestrator.models.build import device
+from orchestrator.models.build import device, outline
 
 TRIAL_IDS = 8
 
@@ -44,9 +44,7 @@ def check_head(model: PreTrainedModel, section: str) -> None:
 
 def load_head(folder: Path, dtype: torch.dtype) -> Head:
     """The head of the causal LM in `folder` alone, on the best device there is; nothing else of the model is loaded."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = outline(folder)
     head = output_head(model)
     names = {id(p): name for name, p in reversed([*model.named_parameters(remove_duplicate=False)])}
     weight = _read(folder, names[id(head.weight)]).to(device(), dtype)

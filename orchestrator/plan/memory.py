@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.plan.batch import Batch
-from orchestrator.spec.distill import DenseLabels, Labels, SampledLabels, TopkLabels
+from orchestrator.spec.labels import DenseLabels, Labels, SampledLabels, TopkLabels
 from orchestrator.spec.model import Model
 from orchestrator.spec.train import Train
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.spec.distill import Schedule
+from orchestrator.spec.objective import Schedule
 from orchestrator.spec.train import Train
 
 

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from orchestrator.spec.base import Spec
 from orchestrator.spec.data import Data, TeacherTokenizer
-from orchestrator.spec.distill import Labels, Objective, SampledLabels, unserved
+from orchestrator.spec.labels import Labels, SampledLabels
 from orchestrator.spec.model import ConfigStudent, PretrainTeacher, Student, Teacher
+from orchestrator.spec.objective import Objective, unserved
 from orchestrator.spec.train import Train
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"

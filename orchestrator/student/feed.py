@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from orchestrator.errors import IntegrityError, ResumableError
-from orchestrator.labels.kinds import LabelKind, label_kind
+from orchestrator.labels.codec import Codec
 from orchestrator.labels.layout import Arrays, Frame
 from orchestrator.labels.targets import Targets
 from orchestrator.models.build import DTYPES
 from orchestrator.models.head import load_head
 from orchestrator.plan.batch import Batch
 from orchestrator.plan.schedule import scheduled
-from orchestrator.spec.distill import HiddenLabels
+from orchestrator.spec.labels import HiddenLabels
 from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.shards import TokenShard, read_tokens
@@ -44,6 +44,8 @@ class MicroBatch:
     """[rows, seq + 1]"""
     soft: Targets | None
     """tensors [rows, seq, ...]"""
+    features: dict[str, torch.Tensor]
+    """The teacher's inner features by name, [rows, seq, width]."""
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Feed:
         self._micro_rows = Batch.of(job.train).micro_rows
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._log = LabelLog(store, job.soft.log_key) if job.soft else None
-        self._kind = _label_kind(job) if job.soft else None
+        self._codec = _codec(job) if job.soft else None
 
     def steps(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, its micro-batches) from step `first` to the end of training.
@@ -118,12 +120,12 @@ class Feed:
     def _gather(self, step: int, rows: list[tuple[int, int]]) -> MicroBatch:
         shards = {shard: self._shard(shard) for shard in dict.fromkeys(s for s, _ in rows)}
         ids = torch.from_numpy(np.stack([shards[s].tokens.ids[r] for s, r in rows])).long()
-        if self._kind is None:
-            return MicroBatch(ids, None)
+        if self._codec is None:
+            return MicroBatch(ids, None, {})
         assert self._job.soft is not None
         labels = {name: np.stack([shards[s].labels[name][r] for s, r in rows]) for name in shards[rows[0][0]].labels}
         temperature = scheduled(self._job.soft.objective.temperature, step, self._job.train.steps)
-        return MicroBatch(ids, self._kind.targets(labels, temperature))
+        return MicroBatch(ids, self._codec.targets(labels, temperature), self._codec.features(labels))
 
     def _shard(self, shard: int) -> _Shard:
         if shard in self._shards:
@@ -137,7 +139,7 @@ class Feed:
         return loaded
 
     def _labels(self, shard: int, tokens: TokenShard) -> Arrays:
-        if self._log is None or self._kind is None:
+        if self._log is None or self._codec is None:
             return {}
         checked = time.monotonic()
         while (record := self._log.committed(shard)) is None:
@@ -148,13 +150,13 @@ class Feed:
                     raise ResumableError(f"training stopped waiting for label shard {shard}: {reason}")
             time.sleep(POLL_S)
         try:
-            return self._kind.unpack(self._log.read(shard, record, tokens))
+            return self._codec.unpack(self._log.read(shard, record, tokens))
         except ValueError as error:
             raise IntegrityError(f"label shard {shard}: {error}") from error
 
 
-def _label_kind(job: TrainingJob) -> LabelKind:
+def _codec(job: TrainingJob) -> Codec:
     assert job.soft is not None
     labels = job.soft.labels
     head = load_head(job.soft.teacher, DTYPES[job.train.precision]) if isinstance(labels, HiddenLabels) else None
-    return label_kind(labels, Frame(job.vocab_size, job.manifest.seq_len, head))
+    return Codec(labels, Frame(job.vocab_size, job.manifest.seq_len, head))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.order import TrainingOrder
-from orchestrator.spec.distill import Labels, Objective
+from orchestrator.spec.labels import Labels
 from orchestrator.spec.model import Model
+from orchestrator.spec.objective import Objective
 from orchestrator.spec.train import Train
 from orchestrator.store.records import TokenManifest
 

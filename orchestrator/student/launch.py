@@ -31,7 +31,7 @@ def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: st
                 _fit(store, job, config)
                 break
             except Exception as error:
-                final = find_user_error(error) or _programming_error(error)
+                final = find_user_error(error) or _programming_error(error, alone=job.train.workers == 1)
                 if final is not None:
                     raise final from error
                 aborted: str | None = ray.get(board.aborted.remote())
@@ -45,14 +45,15 @@ def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: st
     return model
 
 
-def _programming_error(error: Exception) -> Exception | None:
+def _programming_error(error: Exception, alone: bool) -> Exception | None:
     """The exception of a worker that trying again would only repeat.
 
-    A worker that died is reported by an exception of Ray's, and to its neighbours as a broken connection, which torch
-    raises as a RuntimeError. Whatever else a worker raised is a bug.
+    A worker that died is reported by an exception of Ray's, and to its neighbours, if it was not `alone`, as a broken
+    connection, which torch raises as a RuntimeError. Whatever else a worker raised is a bug.
     """
     failures: list[Exception] = list(getattr(error, "worker_failures", {}).values())
-    bugs = [e for e in failures if not isinstance(e, RuntimeError) and not type(e).__module__.startswith("ray.")]
+    raised = [e for e in failures if not type(e).__module__.startswith("ray.")]
+    bugs = [e for e in raised if alone or not isinstance(e, RuntimeError)]
     return bugs[0] if bugs else None
 
 

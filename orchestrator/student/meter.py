@@ -33,7 +33,7 @@ class Meter:
         self._waited = 0.0
 
     def add(self, step: int, terms: torch.Tensor, grad_norm: Any) -> None:
-        """Take the figures of one step: global mean (loss, CE, KL) [3] and the gradient norm, None where there is none."""
+        """Take the figures of one step: global mean (loss, CE, divergence, features' loss) [4], gradient norm or None."""
         self._pending.append((step, terms, math.nan if grad_norm is None else float(grad_norm)))
         self._steps += 1
         if self._steps == 1:
@@ -78,7 +78,7 @@ class Meter:
         }
 
     def _point(self, step: int, terms: torch.Tensor, grad_norm: float) -> tuple[int, dict[str, float]]:
-        loss, ce, kd = terms.tolist()
+        loss, ce, kd, inner = terms.tolist()
         if not math.isfinite(loss):
             raise ResumableError(f"{self._job.stage}: the loss of step {step} is not finite; the last checkpoint is kept")
         self._last_loss = loss
@@ -88,4 +88,8 @@ class Meter:
             names.LEARNING_RATE: learning_rate(self._job.train, step),
             names.GRAD_NORM: grad_norm,
         }
-        return step, figures if self._job.soft is None else {**figures, names.KD_NATS: kd}
+        if self._job.soft is not None:
+            figures[names.KD_NATS] = kd
+        if self._job.objective.features:
+            figures[names.FEATURE_LOSS] = inner
+        return step, figures

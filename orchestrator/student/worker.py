@@ -57,7 +57,7 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
 def train_step(
     engine: Any, job: TrainingJob, schedule: ObjectiveSchedule, step: int, micro_batches: list[MicroBatch]
 ) -> torch.Tensor:
-    """One optimizer step: mean (loss, CE, divergence) in nats a token over the global batch, [3], on the device."""
+    """One optimizer step: mean (loss, CE, divergence, features' loss) over the global batch, [4], on the device."""
     rate = learning_rate(job.train, step)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate

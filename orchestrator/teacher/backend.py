@@ -9,6 +9,7 @@ import torch
 
 from orchestrator.labels.answer import Answer
 from orchestrator.models.build import load_model
+from orchestrator.models.features import captured, feature_widths
 from orchestrator.models.head import check_head, last_hidden, output_head
 
 
@@ -21,11 +22,15 @@ class Teacher(Protocol):
 class TransformersBackend:
     """A causal LM of transformers in this process."""
 
-    def __init__(self, folder: Path, dtype: Literal["bf16", "fp32"]) -> None:
+    def __init__(self, folder: Path, dtype: Literal["bf16", "fp32"], features: tuple[str, ...] = ()) -> None:
         self._model = load_model(folder, dtype)
         check_head(self._model, "teacher")
+        feature_widths(self._model, features, "labels.features")
+        self._features = features
         self._head = output_head(self._model)
 
     @torch.inference_mode()
     def answer(self, ids: torch.Tensor) -> Answer:
-        return Answer(last_hidden(self._model, ids.to(self._model.device)), self._head, len(self._head.weight))
+        with captured(self._model, self._features, "labels.features") as found:
+            hidden = last_hidden(self._model, ids.to(self._model.device))
+        return Answer(hidden, self._head, len(self._head.weight), found)

@@ -11,11 +11,11 @@ import ray
 import torch
 
 from orchestrator.errors import DataError, ResumableError
-from orchestrator.labels.kinds import label_kind
+from orchestrator.labels.codec import Codec
 from orchestrator.labels.layout import Arrays, Columns, Frame, join
 from orchestrator.runtime.board import STUDENT_SHARDS
 from orchestrator.runtime.environment import limit_threads
-from orchestrator.spec.distill import Labels
+from orchestrator.spec.labels import Labels, kept_features
 from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import MANIFEST, TokenManifest
@@ -52,8 +52,8 @@ class Labeller:
         assert manifest is not None
         self._manifest = manifest
         self._log = LabelLog(labelling.store, labelling.log_key)
-        self._kind = label_kind(labelling.labels, Frame(labelling.vocab_size, self._manifest.seq_len))
-        self._teacher: Teacher = TransformersBackend(labelling.model, labelling.dtype)
+        self._codec = Codec(labelling.labels, Frame(labelling.vocab_size, self._manifest.seq_len))
+        self._teacher: Teacher = TransformersBackend(labelling.model, labelling.dtype, kept_features(labelling.labels))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         receipts = [self.label(int(s), int(p)) for s, p in zip(batch["shard"], batch["position"], strict=True)]
@@ -91,10 +91,10 @@ class Labeller:
                 raise DataError(f"label shard {shard}: the teacher answered {given} where {due} is due")
             seeds = [self._work.log_key.encode() + row for row in tokens.row_ids[start : start + len(part)]]
             try:
-                parts.append(self._kind.extract(answer, seeds))
+                parts.append(self._codec.extract(answer, seeds))
             except DataError as error:
                 raise DataError(f"label shard {shard}, rows from {start}: {error}") from error
-        return self._kind.pack(join(parts))
+        return self._codec.pack(join(parts))
 
     def _wait_for_student(self, position: int) -> float:
         """Seconds spent until the student is close enough behind; raises `ResumableError` if it will never come."""

@@ -9,6 +9,7 @@ from types import MappingProxyType
 LOSS = "train/loss"
 CE_NATS = "train/ce_nats"
 KD_NATS = "train/kd_nats"
+FEATURE_LOSS = "train/feature_loss"
 LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"
 TRAIN_TOKENS_PER_S = "train/tokens_per_s"
@@ -33,6 +34,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric(LOSS, "nats", "What the optimizer minimises: the objective's mixture, mean per target token"),
             Metric(CE_NATS, "nats", "Cross entropy on the hard targets, mean per target token"),
             Metric(KD_NATS, "nats", "Divergence from the teacher's soft labels, mean per target token"),
+            Metric(FEATURE_LOSS, "1", "Weighted sum of the objective's losses on inner layers"),
             Metric(LEARNING_RATE, "1", "Learning rate of the step"),
             Metric(GRAD_NORM, "1", "Norm of the whole gradient before clipping"),
             Metric(TRAIN_TOKENS_PER_S, "tokens/s", "Target tokens trained on, all workers together"),

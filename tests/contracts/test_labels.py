@@ -19,7 +19,7 @@ from orchestrator.labels.kinds import LabelKind, label_kind
 from orchestrator.labels.layout import Arrays, Frame, join
 from orchestrator.labels.sampled import draw
 from orchestrator.labels.targets import Sparse
-from orchestrator.spec.distill import SampledLabels, TopkLabels
+from orchestrator.spec.labels import SampledLabels, TopkLabels
 
 LOG_ODDS = 27.0
 """A bound fails to hold once in e^27 / 2 = 10^11 comparisons: a few thousand hold under any seed."""

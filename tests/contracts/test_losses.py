@@ -20,21 +20,8 @@ from orchestrator.losses.divergence import FUNCTIONS
 from orchestrator.losses.head import Head, chunked_loss
 from orchestrator.losses.objective import Mixture
 from orchestrator.losses.schedule import combined
-from orchestrator.spec.distill import (
-    AdaptiveKl,
-    DenseLabels,
-    Divergence,
-    ForwardKl,
-    HiddenLabels,
-    Jsd,
-    Labels,
-    ReverseKl,
-    ReverseSkewKl,
-    SampledLabels,
-    SkewKl,
-    TopkLabels,
-    TotalVariation,
-)
+from orchestrator.spec.labels import DenseLabels, HiddenLabels, Labels, SampledLabels, TopkLabels
+from orchestrator.spec.objective import AdaptiveKl, Divergence, ForwardKl, Jsd, ReverseKl, ReverseSkewKl, SkewKl, TotalVariation
 
 Tensor = torch.Tensor
 VOCAB, WIDTH, TEACHER_WIDTH, POSITIONS = 61, 6, 9, 25

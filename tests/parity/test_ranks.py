@@ -31,8 +31,9 @@ from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.models.build import build_model
 from orchestrator.plan.order import TrainingOrder
 from orchestrator.runtime.environment import limit_threads, prepare_deepspeed
-from orchestrator.spec.distill import Labels, Objective, SampledLabels, TopkLabels
+from orchestrator.spec.labels import Labels, SampledLabels, TopkLabels
 from orchestrator.spec.model import Model
+from orchestrator.spec.objective import Objective
 from orchestrator.spec.train import Train, Zero
 from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog

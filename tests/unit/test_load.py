@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import EnvironmentFault, SpecError
 from orchestrator.spec.data import Data, TeacherTokenizer, TextSource
-from orchestrator.spec.distill import Objective, TopkLabels
 from orchestrator.spec.job import Job, Tracking
+from orchestrator.spec.labels import TopkLabels
 from orchestrator.spec.load import MAX_BYTES, job_schema, load_job, resolved_yaml
 from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, Replicas, TransformersTeacher
+from orchestrator.spec.objective import Objective
 from orchestrator.spec.train import Train
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.plan.schedule import scheduled
-from orchestrator.spec.distill import Objective, Schedule, Taid
 from orchestrator.spec.job import Job
+from orchestrator.spec.objective import Objective, Schedule, Taid
 
 CPU = torch.device("cpu")
 

@@ -23,8 +23,8 @@ from orchestrator.plan.fingerprint import canonical, fingerprint
 from orchestrator.plan.make import Plan, make_plan
 from orchestrator.plan.memory import DENSE_DECODERS, label_bytes_per_token, parameter_count, worker_memory
 from orchestrator.plan.schedule import learning_rate
-from orchestrator.spec.distill import DenseLabels, HiddenLabels, SampledLabels, TopkLabels
 from orchestrator.spec.job import Job
+from orchestrator.spec.labels import DenseLabels, HiddenLabels, SampledLabels, TopkLabels
 from orchestrator.spec.load import load_job
 from orchestrator.spec.model import Model, PretrainTeacher
 from orchestrator.spec.train import Train, Zero

@@ -1,4 +1,4 @@
-"""What the teacher says, how it is stored, and what the student is asked to learn from it."""
+"""What the student is asked to learn from its teacher, and which labels can serve it."""
 
 from __future__ import annotations
 
@@ -8,64 +8,18 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from orchestrator.spec.base import Spec
+from orchestrator.spec.labels import (
+    Labels,
+    Part,
+    SampledLabels,
+    Temperature,
+    TemperedLabels,
+    TopkLabels,
+    feature_name,
+    kept_features,
+)
 
-Temperature = Annotated[float, Field(gt=0, le=1000)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-class LabelsBase(Spec):
-    run_ahead: int | None = Field(default=None, ge=1)
-    """Shards the teacher may label ahead of the student; null: as fast as it can (labels are kept anyway)."""
-
-
-class TemperedLabels(LabelsBase):
-    """Labels that hold the teacher's distribution at listed temperatures only."""
-
-    temperatures: tuple[Temperature, ...] = Field(default=(1.0,), min_length=1)
-    """Temperatures the labels are exact at; an objective may use any of these without relabelling."""
-
-    @field_validator("temperatures")
-    @classmethod
-    def _told_apart(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if len({f"{t:g}" for t in values}) < len(values):
-            raise ValueError("two temperatures are the same to six digits")
-        return values
-
-
-class SampledLabels(TemperedLabels):
-    """Ids drawn from the teacher's distribution, with multiplicities: unbiased at any vocabulary size."""
-
-    kind: Literal["sampled"] = "sampled"
-    samples: int = Field(default=50, ge=1, le=255)
-    """Draws per position."""
-    method: Literal["systematic", "multinomial"] = "systematic"
-
-
-class TopkLabels(TemperedLabels):
-    """The k most likely ids with log-probabilities and the mass of the tail."""
-
-    kind: Literal["topk"]
-    k: int = Field(default=50, ge=1, le=65535)
-    renormalize: bool = False
-    """Forget the tail and scale the k probabilities to one: common, biased, and worse than no distillation for small k."""
-
-
-class DenseLabels(LabelsBase):
-    """All logits, exact at any temperature; for small vocabularies and for tests."""
-
-    kind: Literal["dense"]
-    dtype: Literal["fp16", "fp32"] = "fp16"
-
-
-class HiddenLabels(LabelsBase):
-    """The teacher's last hidden state, to which the student's side applies the teacher's own head: exact at any temperature."""
-
-    kind: Literal["hidden"]
-    codec: Literal["fp16", "int8"] = "fp16"
-    """int8 keeps one fp32 scale per position."""
-
-
-Labels = Annotated[SampledLabels | TopkLabels | DenseLabels | HiddenLabels, Field(discriminator="kind")]
 
 
 class DivergenceBase(Spec):
@@ -133,6 +87,56 @@ class Schedule(Spec):
     warmup_steps: int = Field(default=0, ge=0)
 
 
+class FeatureTermBase(Spec):
+    """A loss between inner layers of student and teacher, beside the one on their distributions."""
+
+    weight: float = Field(gt=0)
+    part: Part = "hidden"
+    layers: Annotated[
+        Annotated[Literal["uniform", "last"], Tag("name")] | Annotated[tuple[tuple[int, int], ...], Tag("pairs")],
+        Discriminator(lambda value: "pairs" if isinstance(value, list | tuple) else "name"),
+    ] = "last"
+    """Pairs [student layer, teacher layer], counted from 1; uniform: every student layer; last: the last of both."""
+
+
+class MseTerm(FeatureTermBase):
+    """Mean squared difference, the student's states mapped to the teacher's width."""
+
+    kind: Literal["mse"]
+
+
+class CosineTerm(FeatureTermBase):
+    """1 - cosine, the student's states mapped to the teacher's width."""
+
+    kind: Literal["cosine"]
+
+
+class CloneTerm(FeatureTermBase):
+    """Mean squared difference, the teacher's states mapped to the student's width (Low-Rank Clone's activation clone)."""
+
+    kind: Literal["clone"]
+    part: Part = "ffn"
+
+
+class MinilmTerm(FeatureTermBase):
+    """KL between the relations of positions to earlier ones, per relation head (MiniLMv2)."""
+
+    kind: Literal["minilm"]
+    part: Part = "values"
+    heads: int = Field(default=4, ge=1)
+
+
+class RelationTerm(FeatureTermBase):
+    """Relations among some positions of each row: distances or angles (RKD), cosines (Gram), centred kernel alignment."""
+
+    kind: Literal["rkd_distance", "rkd_angle", "gram", "cka"]
+    points: int = Field(default=64, ge=2, le=512)
+    """Positions of a row, evenly spread; angles cost the cube of it."""
+
+
+FeatureTerm = Annotated[MseTerm | CosineTerm | CloneTerm | MinilmTerm | RelationTerm, Field(discriminator="kind")]
+
+
 def _form(value: object) -> str:
     return "Schedule" if isinstance(value, dict | Schedule) else "number"
 
@@ -171,6 +175,8 @@ class Objective(Spec):
     """Multiply the soft term by temperature^2 (Hinton et al. 2015), which keeps its gradient scale."""
     divergences: tuple[Divergence, ...] = Field(default=(ForwardKl(),), min_length=1)
     taid: Taid | None = None
+    features: tuple[FeatureTerm, ...] = ()
+    """Losses on inner layers, added with their weights."""
 
     @field_validator("alpha")
     @classmethod
@@ -197,22 +203,41 @@ class Objective(Spec):
 
 def unserved(labels: Labels, objective: Objective) -> str | None:
     """Why `objective` cannot be had from `labels`; None if it can."""
-    kind, temperature = labels.kind, objective.temperature
-    if isinstance(labels, TemperedLabels):
-        listed = ", ".join(str(t) for t in labels.temperatures)
-        if isinstance(temperature, Schedule):
-            return f"objective.temperature: a schedule needs labels.kind dense or hidden; {kind} is exact at [{listed}] only"
-        if temperature not in labels.temperatures:
-            return f"objective.temperature {temperature} is not in labels.temperatures [{listed}]"
-        if objective.taid is not None:
-            return f"objective.taid: interpolates whole distributions, of which {kind} labels keep a part; use dense or hidden"
-    if isinstance(labels, SampledLabels) or (isinstance(labels, TopkLabels) and labels.renormalize):
-        unsound = [d.kind for d in objective.divergences if d.kind != "forward_kl"]
-        if unsound:
-            how = (
-                "a draw is unbiased only where the teacher's probabilities enter linearly"
-                if kind == "sampled"
-                else "no tail is kept"
-            )
-            return f"objective.divergences: {unsound[0]} cannot be had from {kind} labels: {how}; use topk, dense or hidden"
+    return _unserved_temperature(labels, objective) or _unsound_divergence(labels, objective) or _unkept(labels, objective)
+
+
+def _unserved_temperature(labels: Labels, objective: Objective) -> str | None:
+    if not isinstance(labels, TemperedLabels):
+        return None
+    kind, temperature, listed = labels.kind, objective.temperature, ", ".join(str(t) for t in labels.temperatures)
+    if isinstance(temperature, Schedule):
+        return f"objective.temperature: a schedule needs labels.kind dense or hidden; {kind} is exact at [{listed}] only"
+    if temperature not in labels.temperatures:
+        return f"objective.temperature {temperature} is not in labels.temperatures [{listed}]"
+    if objective.taid is not None:
+        return f"objective.taid: interpolates whole distributions, of which {kind} labels keep a part; use dense or hidden"
+    return None
+
+
+def _unsound_divergence(labels: Labels, objective: Objective) -> str | None:
+    unsound = next((d.kind for d in objective.divergences if d.kind != "forward_kl"), None)
+    if unsound is None:
+        return None
+    if isinstance(labels, SampledLabels):
+        reason = "a draw is unbiased only where the teacher's probabilities enter linearly"
+    elif isinstance(labels, TopkLabels) and labels.renormalize:
+        reason = "no tail is kept"
+    else:
+        return None
+    return f"objective.divergences: {unsound} cannot be had from {labels.kind} labels: {reason}; use topk, dense or hidden"
+
+
+def _unkept(labels: Labels, objective: Objective) -> str | None:
+    kept = kept_features(labels)
+    for i, term in enumerate(objective.features):
+        if not kept:
+            return f"objective.features.{i}: {term.kind} needs the teacher's {term.part}, and labels.features keeps nothing"
+        for _, layer in term.layers if not isinstance(term.layers, str) else ():
+            if feature_name(term.part, layer) not in kept:
+                return f"objective.features.{i}: needs {feature_name(term.part, layer)}, which labels.features does not keep"
     return None
