@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart gemma test lint faults seeds bench bench-head bench-trl bench-labels learn clean
+.PHONY: quickstart gemma test lint faults seeds bench bench-head bench-trl draws learn clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -42,8 +42,8 @@ bench-head: $(READY)
 bench-trl: $(READY)
 	$(BIN)/python tests/bench/trl.py
 
-bench-labels: $(READY)
-	$(BIN)/python tests/bench/labels.py
+draws: $(READY)
+	$(BIN)/python tests/bench/draws.py
 
 learn: $(READY)
 	$(BIN)/python tests/bench/learn.py

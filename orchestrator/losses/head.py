@@ -20,12 +20,24 @@ from orchestrator.plan.memory import head_rows
 
 Tensor = torch.Tensor
 
-VOCAB_BLOCK = 8192
-"""Ids whose part of the weight's gradient is made at a time where the GEMM does not run in fp32 itself."""
+VOCAB_BLOCK = 1024
+"""Ids whose part of the weight's gradient is made at a time where the GEMM does not run in fp32 itself; stays in cache."""
 
 Score = Callable[[Tensor, slice], Tensor]
 """(logits [c, vocab] fp32, which positions they are) to the terms' sums [t], the loss first; overwrites the logits with the
 gradient of the loss."""
+
+
+class Buffers:
+    """Room for the logits of one chunk, in the dtype of the weight and in fp32: used again, a fresh page costs a fault."""
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self.wide = weight.new_empty((rows, len(weight)), dtype=_at_least_fp32(weight.dtype))
+        self.narrow = self.wide if weight.dtype == self.wide.dtype else weight.new_empty((rows, len(weight)))
+
+    def rows(self, count: int) -> tuple[Tensor, Tensor]:
+        wide = self.wide[:count]
+        return wide, wide if self.narrow is self.wide else self.narrow[:count]
 
 
 @dataclass(frozen=True)
@@ -41,10 +53,18 @@ class Head:
     """Logits are squashed into (-softcap, softcap) by tanh, as Gemma 2 does."""
 
     @torch.no_grad()
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits [n, vocab], fp32, of `hidden` [n, width]."""
-        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        logits = logits.to(_at_least_fp32(logits.dtype))
+    def __call__(self, hidden: Tensor, buffers: Buffers | None = None) -> Tensor:
+        """Logits [..., vocab], fp32, of `hidden` [..., width]; `buffers`, if given, take those of [n, width]."""
+        hidden = hidden.to(self.weight.dtype)
+        if buffers is None:
+            logits = torch.nn.functional.linear(hidden, self.weight).to(_at_least_fp32(self.weight.dtype))
+        else:
+            logits, narrow = buffers.rows(len(hidden))
+            torch.mm(hidden, self.weight.T, out=narrow)
+            if narrow is not logits:
+                logits.copy_(narrow)
+        if self.bias is not None:
+            logits.add_(self.bias)
         if self.scale != 1:
             logits.mul_(self.scale)
         if self.softcap is not None:
@@ -76,10 +96,11 @@ class _ChunkedLoss(torch.autograd.Function):
             else None
         )
         sums: Tensor | None = None
-        rows = head_rows(len(weight))
+        rows = min(head_rows(len(weight)), len(hidden))
+        buffers = Buffers(weight, rows)
         for start in range(0, len(hidden), rows):
             part = slice(start, min(start + rows, len(hidden)))
-            logits = head(hidden[part])
+            logits = head(hidden[part], buffers)
             capped = logits.clone() if head.softcap is not None and needs else None
             terms = score(logits, part)
             sums = terms if sums is None else sums + terms
@@ -88,7 +109,8 @@ class _ChunkedLoss(torch.autograd.Function):
             gradient = head.backward(logits, capped)
             if by_bias is not None:
                 by_bias += gradient.sum(0)
-            gradient = gradient.to(weight.dtype)
+            narrow = buffers.rows(len(gradient))[1]
+            gradient = gradient if gradient.dtype == narrow.dtype else narrow.copy_(gradient)
             if by_hidden is not None:
                 torch.mm(gradient, weight, out=by_hidden[part])
             if by_weight is not None:
@@ -114,9 +136,12 @@ def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.T, hidden)
     else:
+        product = hidden.new_empty((VOCAB_BLOCK, hidden.shape[1]))
+        wide = torch.empty_like(product, dtype=total.dtype)
         for start in range(0, len(total), VOCAB_BLOCK):
-            block = slice(start, start + VOCAB_BLOCK)
-            total[block] += gradient[:, block].T @ hidden
+            block = total[start : start + VOCAB_BLOCK]
+            torch.mm(gradient[:, start : start + VOCAB_BLOCK].T, hidden, out=product[: len(block)])
+            block += wide[: len(block)].copy_(product[: len(block)])
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

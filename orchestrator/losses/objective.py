@@ -21,6 +21,8 @@ from orchestrator.losses.divergence import Function
 Tensor = torch.Tensor
 LEAST_MASS = 1e-30
 """Stands for a probability of zero, so that its logarithm is finite; adds nothing to any divergence in fp32."""
+CACHED_ENTRIES = 1 << 18
+"""Logits that a CPU takes through the loss at a time, so that what it makes of them stays in its cache."""
 LEAST_REMAINDER = 1e-9
 """Bounds the student's tail mass where rounding leaves nothing of it."""
 
@@ -43,6 +45,16 @@ class Mixture:
 
         `target` [n] are hard labels, `teacher` soft ones of the same positions.
         """
+        if isinstance(teacher, Hidden):
+            teacher = Dense(teacher.head(teacher.states))
+        if not isinstance(teacher, Dense) or logits.device.type != "cpu":
+            return self._score(logits, target, teacher)
+        rows = max(1, CACHED_ENTRIES // logits.shape[1])
+        parts = zip(logits.split(rows), target.split(rows), teacher.logits.split(rows), strict=True)
+        return torch.stack([self._score(part, ids, Dense(said)) for part, ids, said in parts]).sum(0)
+
+    def _score(self, logits: Tensor, target: Tensor, teacher: Sparse | Dense | None) -> Tensor:
+        """`score` of what fits a cache."""
         log_probs = _log_softmax_(logits)
         ce = -log_probs.gather(1, target[:, None]).sum()
         hard = log_probs.new_full((len(target), 1), -self.alpha)
@@ -61,7 +73,7 @@ class Mixture:
         gradient.add_(derivative) if ids is None else gradient.scatter_add_(1, ids, derivative)
         return torch.stack([self.alpha * ce + self.soft_weight * soft, ce, soft])
 
-    def _derivative(self, student: Tensor, teacher: Targets) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _derivative(self, student: Tensor, teacher: Sparse | Dense) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sum of the divergence, its derivative by `student` [n, vocab] at `ids` [n, k]; None: at every id."""
         assert self.divergence is not None
         with torch.enable_grad():
@@ -75,10 +87,9 @@ class Mixture:
         return value.detach(), derivative, teacher.ids if isinstance(teacher, Sparse) else None
 
     @torch.no_grad()
-    def _target(self, student: Tensor, teacher: Dense | Hidden) -> Tensor:
+    def _target(self, student: Tensor, teacher: Dense) -> Tensor:
         """Log-probabilities [n, vocab] at the temperature, at which `student` is given too."""
-        logits = teacher.head(teacher.states) if isinstance(teacher, Hidden) else teacher.logits
-        log_probs = _log_softmax_(logits.to(student.dtype, copy=True).div_(self.temperature))
+        log_probs = _log_softmax_(teacher.logits.to(student.dtype, copy=True).div_(self.temperature))
         if self.teacher_share is None:
             return log_probs
         return _log_softmax_(torch.lerp(student, log_probs, self.teacher_share.to(student.dtype)))

@@ -91,7 +91,7 @@ def _draws(tokens: int, vocab: int) -> Sparse:
         n = min(64, tokens - start)
         points = (torch.arange(SAMPLES) + torch.rand(n, 1, dtype=torch.float64)) / SAMPLES
         parts.append(draw(torch.randn(n, vocab).mul_(3.5), points))
-    return merged(torch.cat(parts))
+    return merged(torch.cat(parts), vocab)
 
 
 def ours(case: Case) -> Tensor:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from orchestrator.labels.layout import Frame, tempered
+from orchestrator.labels.sampled import Sampled
 from orchestrator.labels.targets import Sparse
+from orchestrator.spec.labels import SampledLabels
 
 
-def merged(drawn: torch.Tensor) -> Sparse:
+def merged(drawn: torch.Tensor, vocab_size: int) -> Sparse:
     """Targets of `drawn` [n, samples], ascending ids: every id once, with its share of the draws."""
-    n, samples = drawn.shape
-    place = torch.zeros_like(drawn)
-    place[:, 1:] = (drawn[:, 1:] != drawn[:, :-1]).cumsum(1)
-    ids = torch.zeros_like(drawn).scatter_(1, place, drawn)
-    probs = torch.zeros(n, samples).scatter_add_(1, place, torch.full((n, samples), 1 / samples))
-    most = int(place.max()) + 1
-    return Sparse(ids[:, :most], probs[:, :most], tail=None)
+    kind = Sampled(SampledLabels(samples=drawn.shape[1]), Frame(vocab_size, len(drawn)))
+    return kind.targets({tempered("ids", 1.0): drawn.numpy()[None]}, 1.0).map(lambda t: t[0])

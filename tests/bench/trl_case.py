@@ -85,7 +85,7 @@ def drawn(teacher: LlamaForCausalLM, tokens: torch.Tensor) -> dict[str, np.ndarr
     for row in tokens:
         logits = teacher(row[None]).logits[0, :-1]
         points = (torch.arange(SAMPLES) + torch.rand(len(logits), 1, dtype=torch.float64)) / SAMPLES
-        label = merged(draw(logits, points))
+        label = merged(draw(logits, points), logits.shape[-1])
         used = label.probs > 0
         columns["n"].append(used.sum(1).numpy().astype(np.uint8))
         columns["ids"].append(label.ids[used].numpy().astype(np.uint16))

@@ -27,13 +27,14 @@ import torch.multiprocessing as mp
 from orchestrator.labels.answer import Answer
 from orchestrator.labels.kinds import label_kind
 from orchestrator.labels.layout import Frame
+from orchestrator.labels.targets import Dense
 from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.models.build import build_model
 from orchestrator.plan.order import TrainingOrder
 from orchestrator.runtime.environment import limit_threads, prepare_deepspeed
-from orchestrator.spec.labels import Labels, SampledLabels, TopkLabels
+from orchestrator.spec.labels import DenseLabels, Labels, SampledLabels, TopkLabels
 from orchestrator.spec.model import Model
-from orchestrator.spec.objective import Objective
+from orchestrator.spec.objective import Objective, Schedule, Taid
 from orchestrator.spec.train import Train, Zero
 from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
@@ -56,6 +57,7 @@ LABELS: dict[str, tuple[Labels, Objective]] = {
     "sampled": (SampledLabels(samples=20), Objective(alpha=0.3)),
     "topk": (TopkLabels(kind="topk", k=6, temperatures=(1.0, 2.0)), Objective(alpha=0.2, temperature=2.0)),
     "shifted": (SampledLabels(samples=20), Objective(alpha=0.3)),
+    "taid": (DenseLabels(kind="dense", dtype="fp32"), Objective(alpha=Schedule(start=0.6, end=0.1), taid=Taid(rate=0.2))),
 }
 
 
@@ -76,15 +78,16 @@ class Case:
 
 
 CASES: dict[int, list[Case]] = {
-    1: [Case("sampled", 0), Case("topk", 3), Case("hard", 1), Case("shifted", 1), Case("sampled", 2, "bf16")],
+    1: [Case("sampled", 0), Case("topk", 3), Case("hard", 1), Case("shifted", 1), Case("taid", 1), Case("sampled", 2, "bf16")],
     2: [
         *(Case(labels, zero) for labels in ("sampled", "topk") for zero in range(4)),
         *(Case("sampled", zero, "bf16") for zero in (1, 2, 3)),
+        Case("taid", 3),
     ],
     4: [Case("sampled", 0), Case("topk", 1), Case("sampled", 3)],
 }
 RESUMED: dict[int, list[Case]] = {
-    1: [Case("sampled", 0), Case("sampled", 2, "bf16"), Case("topk", 3)],
+    1: [Case("sampled", 0), Case("sampled", 2, "bf16"), Case("topk", 3), Case("taid", 1)],
     2: [case for case in CASES[2] if case.labels == "sampled"],
 }
 
@@ -151,8 +154,10 @@ def write_log(store: Store, name: str, labels: Labels, shards: list[TokenShard])
 # The reference: one process, float64, dense targets, AdamW written out.
 
 
-def dense_loss(bench: Bench, job: TrainingJob, model: torch.nn.Module, rows: list[tuple[int, int]]) -> list[torch.Tensor]:
-    """Mean (loss, CE, KL) over the rows of a batch."""
+def dense_loss(
+    bench: Bench, job: TrainingJob, model: torch.nn.Module, rows: list[tuple[int, int]], step: int = 0, share: float = 1.0
+) -> list[torch.Tensor]:
+    """Mean (loss, CE, KL) over the rows of a batch; `share` is the teacher's in an interpolated target."""
     ids = np.stack([read_tokens(bench.store, "data/x/train", bench.manifest.train[s]).ids[r] for s, r in rows])
     tokens = torch.from_numpy(ids).long()
     log_q = model(input_ids=tokens[:, :-1]).logits.log_softmax(-1)
@@ -161,12 +166,18 @@ def dense_loss(bench: Bench, job: TrainingJob, model: torch.nn.Module, rows: lis
         return [ce, ce, torch.zeros(())]
     objective = job.soft.objective
     targets, kept, tail = dense_targets(bench, job, rows)
-    log_q = (log_q / objective.temperature).log_softmax(-1)
+    alpha, temperature = objective.alpha, objective.temperature
+    assert not isinstance(temperature, Schedule)
+    if isinstance(alpha, Schedule):
+        alpha = alpha.start + (alpha.end - alpha.start) * step / (STEPS - 1)
+    if objective.taid is not None:
+        targets = (log_q.detach() * (1 - share) + targets.log() * share).softmax(-1)
+    log_q = (log_q / temperature).log_softmax(-1)
     kl = (torch.xlogy(targets, targets) - targets * log_q).sum(-1)
     if tail is not None:
         rest = (log_q.exp() * ~kept).sum(-1)
         kl = kl + torch.xlogy(tail, tail) - tail * rest.log()
-    return [objective.alpha * ce + (1 - objective.alpha) * objective.temperature**2 * kl.mean(), ce, kl.mean()]
+    return [alpha * ce + (1 - alpha) * temperature**2 * kl.mean(), ce, kl.mean()]
 
 
 def dense_targets(
@@ -181,7 +192,10 @@ def dense_targets(
         record = log.committed(shard)
         assert record is not None
         arrays = {name: values[row : row + 1] for name, values in kind.unpack(log.read(shard, record, tokens)).items()}
-        decoded = kind.targets(arrays, job.soft.objective.temperature)
+        decoded = kind.targets(arrays, job.soft.objective.temperature)  # type: ignore[arg-type]
+        if isinstance(decoded, Dense):
+            parts.append((decoded.logits[0].double().softmax(-1), torch.ones(SEQ, VOCAB, dtype=torch.bool), None))
+            continue
         dense = torch.zeros(SEQ, VOCAB, dtype=torch.float64)
         dense.scatter_add_(1, decoded.ids[0], decoded.probs[0].double())
         kept = torch.zeros(SEQ, VOCAB, dtype=torch.bool).scatter_(1, decoded.ids[0], value=True)
@@ -198,16 +212,23 @@ def rate(train: Train, step: int) -> float:
 
 
 def reference(bench: Bench, job: TrainingJob) -> tuple[list[list[float]], Weights]:
-    """(loss, CE, KL) of every step and the final weights."""
+    """(loss, CE, KL, no features' loss) of every step and the final weights."""
     train, model = job.train, build_model(job.model, VOCAB, SEED, "student").double()
     order = TrainingOrder(SHARD_ROWS, SEED, ROWS)
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     losses = []
+    taid = job.objective.taid or Taid()
+    share, mean = taid.start, 0.0
     for step in range(STEPS):
         model.zero_grad()
-        terms = dense_loss(bench, job, model, order.batch(step))
+        terms = dense_loss(bench, job, model, order.batch(step), step, share)
         terms[0].backward()
-        losses.append([float(term.detach()) for term in terms])
+        losses.append([*(float(term.detach()) for term in terms), 0.0])
+        if step > 0:
+            fall = (losses[-2][2] - losses[-1][2]) / losses[-2][2] if losses[-2][2] else 0.0
+            mean = taid.momentum * mean + (1 - taid.momentum) * fall
+            share += taid.rate * (1 - share) / (1 + math.exp(-mean))
+        share = min(taid.end, max(share, taid.start + (taid.end - taid.start) * (step + 1) / STEPS))
         norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
         clip = min(1.0, train.grad_clip / norm)
         with torch.no_grad():
