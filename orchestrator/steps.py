@@ -167,6 +167,7 @@ def _label_missing(
     run: Run, tokens: Tokens, teacher: ModelFolder, labelling: Labelling, missing: list[int]
 ) -> tuple[float, float]:
     """Tokens per second of the pool, and the share of its time in which it waited for the student."""
+    from orchestrator.teacher.calibrate import calibrate
     from orchestrator.teacher.labeller import Labelling as Work
     from orchestrator.teacher.pool import label_shards
 
@@ -188,6 +189,7 @@ def _label_missing(
     done = len(labelling.demand) - len(missing)
     if done:
         run.display.say(f"labels: resuming, {done}/{len(labelling.demand)} shards done")
+    calibrate(work, labelling.demand[0], spec.cpus_per_replica, spec.gpus_per_replica)
     rows = size = 0
     busy = blocked = 0.0
     began = None

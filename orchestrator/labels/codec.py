@@ -18,7 +18,7 @@ class Codec:
     def __init__(self, labels: Labels, frame: Frame) -> None:
         self._kind = label_kind(labels, frame)
         kept = labels.features
-        self._features = {f.name: Vectors(f.name, kept.codec, frame.seq_len) for f in kept.keep} if kept else {}
+        self._features = {f.name: Vectors(f.name, kept, frame) for f in kept.keep} if kept else {}
 
     def extract(self, answer: Answer, seeds: list[bytes]) -> Arrays:
         """What is kept of `answer`; `seeds` holds 16 bytes a row."""

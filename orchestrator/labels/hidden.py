@@ -17,7 +17,7 @@ from orchestrator.spec.labels import HiddenLabels
 
 class HiddenKind:
     def __init__(self, spec: HiddenLabels, frame: Frame) -> None:
-        self._states = Vectors("states", spec.codec, frame.seq_len)
+        self._states = Vectors("states", spec, frame)
         self._head = frame.head
 
     def extract(self, answer: Answer, seeds: list[bytes]) -> Arrays:

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from orchestrator.labels.basis import Basis
+
 Arrays = dict[str, npt.NDArray[Any]]
 """By name, [rows, ...]."""
 Columns = dict[str, list[bytes]]
@@ -32,6 +34,11 @@ class Frame:
     """Positions of a row."""
     head: Callable[[torch.Tensor], torch.Tensor] | None = None
     """The teacher's head, [n, width] to logits [n, vocab]; for reading the kinds that leave it to the reader."""
+    bases: Callable[[], dict[str, Basis]] = dict
+    """The bases of this log by name, for vectors that are stored by coordinates; asked for when first needed."""
+
+    def basis(self, name: str) -> Basis:
+        return self.bases()[name]
 
 
 def tempered(name: str, temperature: float) -> str:

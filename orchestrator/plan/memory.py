@@ -82,6 +82,8 @@ def label_bytes_per_token(labels: Labels, vocab_size: int, teacher_width: int) -
         return _set_bytes(labels.k, vocab_size) + labels.k * 2 + len(labels.temperatures) * 8
     if isinstance(labels, DenseLabels):
         return vocab_size * (2 if labels.dtype == "fp16" else 4)
+    if labels.codec == "pca":
+        return (labels.rank or 0) * 2
     return teacher_width * 2 if labels.codec == "fp16" else teacher_width + 4
 
 

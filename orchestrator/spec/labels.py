@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from orchestrator.spec.base import Spec
 
@@ -32,12 +32,25 @@ def feature_name(part: Part, layer: int) -> str:
     return f"{part}.{layer}"
 
 
-class Features(Spec):
+class Vectors(Spec):
+    """How vectors per position are stored."""
+
+    codec: Literal["fp16", "int8", "pca"] = "fp16"
+    """int8 keeps one fp32 scale per position; pca keeps fp16 coordinates in a basis that is fitted on the first shard."""
+    rank: int | None = Field(default=None, ge=1)
+    """Directions of the basis; for pca alone."""
+
+    @model_validator(mode="after")
+    def _rank_goes_with_pca(self) -> Vectors:
+        if (self.codec == "pca") != (self.rank is not None):
+            raise ValueError("codec pca needs a rank" if self.codec == "pca" else f"codec {self.codec} takes no rank")
+        return self
+
+
+class Features(Vectors):
     """What is kept of the teacher's inner layers, for feature and relation losses."""
 
     keep: tuple[Feature, ...] = Field(min_length=1)
-    codec: Literal["fp16", "int8"] = "int8"
-    """int8 keeps one fp32 scale per position."""
 
     @field_validator("keep")
     @classmethod
@@ -94,12 +107,10 @@ class DenseLabels(LabelsBase):
     dtype: Literal["fp16", "fp32"] = "fp16"
 
 
-class HiddenLabels(LabelsBase):
+class HiddenLabels(LabelsBase, Vectors):
     """The teacher's last hidden state, to which the student's side applies the teacher's own head: exact at any temperature."""
 
     kind: Literal["hidden"]
-    codec: Literal["fp16", "int8"] = "fp16"
-    """int8 keeps one fp32 scale per position."""
 
 
 Labels = Annotated[SampledLabels | TopkLabels | DenseLabels | HiddenLabels, Field(discriminator="kind")]
@@ -108,3 +119,13 @@ Labels = Annotated[SampledLabels | TopkLabels | DenseLabels | HiddenLabels, Fiel
 def kept_features(labels: Labels) -> tuple[str, ...]:
     """Names of the inner features that `labels` keep."""
     return tuple(feature.name for feature in labels.features.keep) if labels.features else ()
+
+
+def principal_ranks(labels: Labels) -> dict[str, int]:
+    """Ranks of the bases that `labels` need, by the name of what is projected."""
+    ranks: dict[str, int] = {}
+    if isinstance(labels, HiddenLabels) and labels.rank is not None:
+        ranks["states"] = labels.rank
+    if labels.features is not None and labels.features.rank is not None:
+        ranks |= {name: labels.features.rank for name in kept_features(labels)}
+    return ranks

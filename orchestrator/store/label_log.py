@@ -14,6 +14,7 @@ shard s belongs to row i of token shard s; `ids_sha256` proves it on every read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -103,6 +104,26 @@ class LabelLog:
         standing = self.committed(shard)
         assert standing is not None
         return standing
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Store `data` beside the shards under `name`; what stands there already stays."""
+        digest = hashlib.sha256(data).hexdigest()
+        file = f"{name}-{digest[:32]}"
+        self.store.put_if_absent(f"{self.folder}/{file}", data)
+        record = ShardRecord(file=file, sha256=digest, rows=0, bytes=len(data))
+        self.store.put_if_absent(f"{self.folder}/{name}.json", record.model_dump_json().encode())
+
+    def kept(self, name: str) -> bytes | None:
+        """What was kept under `name`, None if nothing was; raises `IntegrityError` if it has changed since."""
+        record = ShardRecord.load(self.store, f"{self.folder}/{name}.json")
+        if record is None:
+            return None
+        data = self.store.read(f"{self.folder}/{record.file}")
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise IntegrityError(
+                f"{self.store.path(self.folder)}/{record.file}: sha256 mismatch, it has changed since it was written"
+            )
+        return data
 
     def committed(self, shard: int) -> ShardRecord | None:
         """The commit record of `shard`, None while nobody has labelled it."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from orchestrator.errors import IntegrityError, ResumableError
+from orchestrator.labels.basis import bases_of
 from orchestrator.labels.codec import Codec
 from orchestrator.labels.layout import Arrays, Frame
 from orchestrator.labels.targets import Targets
@@ -77,7 +78,7 @@ class Feed:
         self._micro_rows = Batch.of(job.train).micro_rows
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._log = LabelLog(store, job.soft.log_key) if job.soft else None
-        self._codec = _codec(job) if job.soft else None
+        self._codec = _codec(store, job) if job.soft else None
 
     def steps(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, its micro-batches) from step `first` to the end of training.
@@ -155,8 +156,8 @@ class Feed:
             raise IntegrityError(f"label shard {shard}: {error}") from error
 
 
-def _codec(job: TrainingJob) -> Codec:
+def _codec(store: Store, job: TrainingJob) -> Codec:
     assert job.soft is not None
     labels = job.soft.labels
     head = load_head(job.soft.teacher, DTYPES[job.train.precision]) if isinstance(labels, HiddenLabels) else None
-    return Codec(labels, Frame(job.vocab_size, job.manifest.seq_len, head))
+    return Codec(labels, Frame(job.vocab_size, job.manifest.seq_len, head, bases_of(LabelLog(store, job.soft.log_key))))

@@ -11,6 +11,7 @@ import ray
 import torch
 
 from orchestrator.errors import DataError, ResumableError
+from orchestrator.labels.basis import bases_of
 from orchestrator.labels.codec import Codec
 from orchestrator.labels.layout import Arrays, Columns, Frame, join
 from orchestrator.runtime.board import STUDENT_SHARDS
@@ -52,7 +53,8 @@ class Labeller:
         assert manifest is not None
         self._manifest = manifest
         self._log = LabelLog(labelling.store, labelling.log_key)
-        self._codec = Codec(labelling.labels, Frame(labelling.vocab_size, self._manifest.seq_len))
+        frame = Frame(labelling.vocab_size, self._manifest.seq_len, bases=bases_of(self._log))
+        self._codec = Codec(labelling.labels, frame)
         self._teacher: Teacher = TransformersBackend(labelling.model, labelling.dtype, kept_features(labelling.labels))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.errors import DataError, SpecError
+from orchestrator.errors import DataError, IntegrityError, SpecError
+from orchestrator.labels.basis import Basis, bases_of, to_bytes
 from orchestrator.labels.codec import Codec
 from orchestrator.labels.layout import Frame
 from orchestrator.labels.vectors import Vectors
@@ -17,9 +18,12 @@ from orchestrator.losses.relations import minilm
 from orchestrator.models.build import build_model, outline
 from orchestrator.models.features import captured, feature_widths, layer_count
 from orchestrator.models.head import last_hidden
+from orchestrator.spec import labels as spec
 from orchestrator.spec.labels import DenseLabels, Feature, Features, kept_features
 from orchestrator.spec.model import Model
 from orchestrator.spec.objective import Objective
+from orchestrator.store.files import Store
+from orchestrator.store.label_log import LabelLog
 from orchestrator.teacher.backend import TransformersBackend
 
 VOCAB, SEQ = 67, 12
@@ -87,7 +91,7 @@ def test_a_teacher_answers_with_its_features(seed: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("codec,bound", [("fp16", 2**-11), ("int8", 0.5 / 127)])
 def test_vectors_survive_storage(seed: int, codec: Any, bound: float) -> None:
     states = torch.randn(3, SEQ, 40, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-3, 3, SEQ)[:, None]
-    vectors = Vectors("x", codec, SEQ)
+    vectors = Vectors("x", spec.Vectors(codec=codec), Frame(VOCAB, SEQ))
     arrays = vectors.extract(states)
     back = vectors.tensor(vectors.unpack(vectors.pack(arrays)))
     assert ((back - states).abs() <= bound * states.abs().amax(-1, keepdim=True) + 1e-7).all()
@@ -96,6 +100,29 @@ def test_vectors_survive_storage(seed: int, codec: Any, bound: float) -> None:
         states[1, 3, 5] = bad
         with pytest.raises(DataError, match="the teacher's x reach"):
             vectors.extract(states)
+
+
+def test_coordinates_hold_what_lies_in_their_directions(seed: int, store: Store) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(3, SEQ, 7, generator=generator) @ torch.randn(7, 40, generator=generator) + 5
+    log = LabelLog(store, "x")
+    log.keep("basis", to_bytes({"x": Basis.fit(states.flatten(0, 1), 7)}))
+    log.keep("basis", to_bytes({"x": Basis.fit(states.roll(1, 2).flatten(0, 1), 7)}))
+    vectors = Vectors("x", spec.Vectors(codec="pca", rank=7), Frame(VOCAB, SEQ, bases=bases_of(log)))
+    arrays = vectors.extract(states)
+    assert arrays["x"].shape == (3, SEQ, 7)
+    back = vectors.tensor(vectors.unpack(vectors.pack(arrays)))
+    assert torch.allclose(back, states, rtol=1e-2, atol=2e-2), "the first basis stays"
+    fewer = Basis.fit(states.flatten(0, 1), 3)
+    _, singular, _ = torch.linalg.svd(states.flatten(0, 1).double() - states.flatten(0, 1).double().mean(0))
+    lost = (fewer.restore(fewer.project(states)) - states).square().sum()
+    assert float(lost) == pytest.approx(float(singular[3:].square().sum()), rel=1e-3), "no basis of three loses less"
+    with pytest.raises(SpecError, match="rank 41 exceeds"):
+        Basis.fit(states.flatten(0, 1).repeat(2, 1), 41)
+    file = next(f for f in store.path("labels/x").iterdir() if f.suffix != ".json")
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(IntegrityError, match="sha256 mismatch"):
+        log.kept("basis")
 
 
 def test_terms_add_up_over_their_layer_pairs(seed: int) -> None:

@@ -164,6 +164,12 @@ def wrong(good: Json, teacher: Path, folder: Path) -> dict[str, Case]:
     bare = folder / "bare"
     shutil.copytree(teacher, bare, ignore=shutil.ignore_patterns("tokenizer.json"))
     nan = poisoned(teacher, folder / "nan")
+
+    def keeping(feature: Json) -> Json:
+        return good["labels"] | {"features": {"keep": [feature]}}
+
+    matched = good["objective"] | {"features": [{"kind": "mse", "weight": 1.0}]}
+    unkept = {"labels": keeping({"layer": 1, "part": "values"}), "objective": matched}
     config = {"type": "llama", "config": tiny_model(1)["config"] | {"vocab_size": 600}}
     huge = good["teacher"] | {"cpus_per_replica": 64}
     return {
@@ -174,10 +180,13 @@ def wrong(good: Json, teacher: Path, folder: Path) -> dict[str, Case]:
         "vocabulary": Case(SPEC, ("vocab_size", "600", "300"), {"student": {"kind": "config", "model": config}}),
         "resources": Case(ENVIRONMENT, ("65 CPU", "has 2"), {"teacher": huge}),
         "nan": Case(DATA, ("shard", "finite"), {"teacher": good["teacher"] | {"path": str(nan)}}),
+        "k": Case(SPEC, ("labels.k", "400", "300"), {"labels": {"kind": "topk", "k": 400}}),
+        "no-layer": Case(SPEC, ("labels.features", "hidden.9"), {"labels": keeping({"layer": 9})}),
+        "not-kept": Case(SPEC, ("objective.features", "hidden.1"), unkept),
     }
 
 
-CASES = ("missing", "empty", "undecodable", "no-tokenizer", "vocabulary", "resources", "nan")
+CASES = ("missing", "empty", "undecodable", "no-tokenizer", "vocabulary", "resources", "nan", "k", "no-layer", "not-kept")
 
 
 @pytest.fixture(scope="module")

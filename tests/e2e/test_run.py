@@ -249,6 +249,36 @@ def test_a_teacher_held_close_to_its_student_does_not_starve_it(copied: Json) ->
     assert found.report["throughput"]["teacher_wait_fraction"] > 0
 
 
+def test_other_labels_and_objectives_go_the_same_way(copied: Json) -> None:
+    """Hidden states and features by coordinates, an adaptive target, relations; two workers, ZeRO-3."""
+    storage = Path(copied["storage"])
+    labels = {
+        "kind": "hidden",
+        "codec": "pca",
+        "rank": 16,
+        "features": {"keep": [{"layer": 2, "part": "values"}], "codec": "int8"},
+    }
+    objective = {
+        "alpha": {"start": 0.5, "end": 0.1},
+        "temperature": {"kind": "cosine", "start": 2.0, "end": 1.0},
+        "divergences": [{"kind": "jsd", "weight": 0.5}, {"kind": "reverse_kl", "weight": 0.5}],
+        "taid": {},
+        "features": [{"kind": "minilm", "weight": 0.5, "heads": 2}],
+    }
+    train = copied["train"] | {"workers": 2, "parallel": {"stage": 3}}
+    found = run(copied | {"labels": labels, "objective": objective, "train": train, "evaluate": {"rows": 8, "baseline": False}})
+    assert found.report["labels"]["kind"] == "hidden" and found.stages["teacher"]["status"] == "reused"
+    points = [p["metrics"] for p in metric_points(storage, "student")]
+    assert len(points) == STEPS
+    assert points[-1]["train/feature_loss"] < points[0]["train/feature_loss"]
+    assert points[-1]["train/kd_nats"] < points[0]["train/kd_nats"]
+    log = storage / "labels" / found.stages["labels"]["key"]
+    assert (log / "basis.json").is_file()
+    inspected = distill(storage.parent / "log", "labels", "inspect", log, "--json").assert_ok()
+    columns = json.loads(inspected.stdout)["bytes_per_token"]["columns"]
+    assert {"states", "values.2", "values.2_scale"} <= columns.keys() and columns["states"] <= 16 * 2
+
+
 # Workers.
 
 

@@ -1,0 +1,42 @@
+"""The pass before labelling that fits the bases of vectors stored by coordinates."""
+
+from __future__ import annotations
+
+import ray
+import torch
+
+from orchestrator.labels.basis import BASIS, Basis, to_bytes
+from orchestrator.runtime.environment import limit_threads
+from orchestrator.spec.labels import kept_features, principal_ranks
+from orchestrator.store.label_log import LabelLog
+from orchestrator.store.records import MANIFEST, TokenManifest
+from orchestrator.store.shards import read_tokens
+from orchestrator.teacher.backend import TransformersBackend
+from orchestrator.teacher.labeller import Labelling
+
+
+def calibrate(work: Labelling, shard: int, cpus: float, gpus: float) -> None:
+    """Fit what `work.labels` need on token shard `shard`, and keep it in the log; nothing to do if it is there.
+
+    The first basis that is kept stays: labels made from it must be read with it.
+    """
+    if principal_ranks(work.labels) and LabelLog(work.store, work.log_key).kept(BASIS) is None:
+        ray.get(_fit_task.options(num_cpus=cpus, num_gpus=gpus).remote(work, shard))
+
+
+@ray.remote
+def _fit_task(work: Labelling, shard: int) -> None:
+    limit_threads(work.threads)
+    torch.set_num_threads(work.threads)
+    manifest = TokenManifest.load(work.store, f"{work.data_folder}/{MANIFEST}")
+    assert manifest is not None
+    ids = torch.from_numpy(read_tokens(work.store, f"{work.data_folder}/train", manifest.train[shard]).ids[:, :-1]).long()
+    teacher = TransformersBackend(work.model, work.dtype, kept_features(work.labels))
+    found: dict[str, list[torch.Tensor]] = {}
+    for part in ids.split(work.micro_batch):
+        answer = teacher.answer(part)
+        for name, vectors in {"states": answer.states, **answer.features}.items():
+            found.setdefault(name, []).append(vectors.flatten(0, 1).float().cpu())
+    ranks = principal_ranks(work.labels)
+    bases = {name: Basis.fit(torch.cat(found[name]), rank) for name, rank in ranks.items()}
+    LabelLog(work.store, work.log_key).keep(BASIS, to_bytes(bases))
