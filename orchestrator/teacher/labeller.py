@@ -10,7 +10,7 @@ from typing import Any, Literal
 import ray
 import torch
 
-from orchestrator.errors import DataError, ResumableError
+from orchestrator.errors import DataError, DistillError, ResumableError
 from orchestrator.labels.basis import bases_of
 from orchestrator.labels.codec import Codec
 from orchestrator.labels.layout import Arrays, Columns, Frame, join
@@ -53,11 +53,21 @@ class Labeller:
         assert manifest is not None
         self._manifest = manifest
         self._log = LabelLog(labelling.store, labelling.log_key)
-        frame = Frame(labelling.vocab_size, self._manifest.seq_len, bases=bases_of(self._log))
-        self._codec = Codec(labelling.labels, frame)
-        self._teacher: Teacher = TransformersBackend(labelling.model, labelling.dtype, kept_features(labelling.labels))
+        self._refusal: DistillError | None = None
+        try:
+            self._start()
+        except DistillError as error:
+            self._refusal = error  # Ray keeps but the text of what a constructor raises; the first call can raise it whole
+
+    def _start(self) -> None:
+        work = self._work
+        frame = Frame(work.vocab_size, self._manifest.seq_len, bases=bases_of(self._log))
+        self._codec = Codec(work.labels, frame)
+        self._teacher: Teacher = TransformersBackend(work.model, work.dtype, kept_features(work.labels))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if self._refusal is not None:
+            raise self._refusal
         receipts = [self.label(int(s), int(p)) for s, p in zip(batch["shard"], batch["position"], strict=True)]
         return {name: [r[name] for r in receipts] for name in receipts[0]}
 
