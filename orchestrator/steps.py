@@ -141,7 +141,7 @@ def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder) -> Labelling:
         job.seed,
         tokens.folder,
         tokens.manifest,
-        Soft(log.key, job.labels, job.objective, teacher.path),
+        Soft(log.key, job.labels, job.objective, teacher.path, job.teacher.dtype),
     )
     return Labelling(log, student, student.demanded_shards())
 
@@ -184,6 +184,7 @@ def _label_missing(
         log_key=labelling.log.key,
         micro_batch=spec.micro_batch,
         threads=max(1, int(spec.cpus_per_replica)),
+        gpus=spec.gpus_per_replica,
         board=run.board,
     )
     done = len(labelling.demand) - len(missing)

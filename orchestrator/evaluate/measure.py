@@ -11,8 +11,12 @@ from typing import Literal
 import numpy as np
 import ray
 import torch
+from transformers import PreTrainedModel
 
 from orchestrator.errors import DataError
+from orchestrator.models.build import device, load_model
+from orchestrator.models.head import last_hidden, output_head
+from orchestrator.plan.memory import head_rows
 from orchestrator.runtime.environment import limit_threads
 from orchestrator.store.files import Store
 from orchestrator.store.records import TokenManifest
@@ -76,39 +80,49 @@ def measure(heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cp
 
     Raises `DataError` if a model's loss on the held-out windows is not finite.
     """
-    task = _measure_task.options(num_cpus=cpus, num_gpus=1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0)
-    return ray.get(task.remote(heldout, subjects, micro_batch, cpus))
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    task = _measure_task.options(num_cpus=cpus, num_gpus=gpus)
+    return ray.get(task.remote(heldout, subjects, micro_batch, cpus, gpus))
 
 
 @ray.remote
-def _measure_task(heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cpus: int) -> dict[str, dict[str, float]]:
-    from orchestrator.models.build import load_model
-
+def _measure_task(
+    heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cpus: int, gpus: int
+) -> dict[str, dict[str, float]]:
     limit_threads(cpus)
     torch.set_num_threads(cpus)
-    windows = heldout.windows()
-    models = {name: load_model(s.folder, s.dtype) for name, s in subjects.items()}
-    sums = {name: _Sums() for name in subjects}
+    on = device(gpus)
+    windows = heldout.windows().to(on)
+    models = {
+        name: load_model(subjects[name].folder, subjects[name].dtype, on) for name in sorted(subjects, key="teacher".__ne__)
+    }
+    sums = {name: _Sums() for name in models}
     for model in models.values():  # first calls build caches; they would distort the speed of whoever comes first
-        _log_probs(model, windows[:1])
+        model(input_ids=windows[:1, :-1], use_cache=False)
     for part in windows.split(micro_batch):
-        teacher: torch.Tensor | None = None
-        for name in sorted(models, key="teacher".__ne__):
-            started = time.perf_counter()
-            log_probs = _log_probs(models[name], part)
-            sums[name].seconds += time.perf_counter() - started
-            if name == "teacher":
-                teacher = log_probs
-            assert teacher is not None
-            _accumulate(sums[name], log_probs, teacher, part[:, 1:].flatten().to(log_probs.device))
+        _measure_part(models, sums, part)
     return {name: _figures(name, sums[name], models[name], subjects[name]) for name in subjects}
 
 
 @torch.inference_mode()
-def _log_probs(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """[rows * seq, vocab], fp32"""
-    logits = model(input_ids=windows[:, :-1].to(next(model.parameters()).device), use_cache=False).logits
-    return logits.flatten(0, 1).float().log_softmax(-1)
+def _measure_part(models: dict[str, PreTrainedModel], sums: dict[str, _Sums], windows: torch.Tensor) -> None:
+    """Add what every model, the teacher first, says about `windows` [rows, seq + 1], a chunk of positions at a time."""
+    hidden: dict[str, torch.Tensor] = {}
+    for name, model in models.items():
+        started = time.perf_counter()
+        hidden[name] = last_hidden(model, windows[:, :-1]).flatten(0, 1)
+        sums[name].seconds += time.perf_counter() - started
+    heads = {name: output_head(model) for name, model in models.items()}
+    chunk = head_rows(len(heads["teacher"].weight), windows.is_cuda)
+    for start, target in enumerate(windows[:, 1:].flatten().split(chunk)):
+        states = slice(start * chunk, start * chunk + len(target))
+        teacher: torch.Tensor | None = None
+        for name, head in heads.items():
+            started = time.perf_counter()
+            log_probs = head(hidden[name][states]).log_softmax(-1)
+            sums[name].seconds += time.perf_counter() - started
+            teacher = log_probs if teacher is None else teacher
+            _accumulate(sums[name], log_probs, teacher, target)
 
 
 def _accumulate(sums: _Sums, log_probs: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> None:

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from orchestrator.errors import DataError
-
-ENTRIES_PER_CHUNK = 1 << 22
-"""Logits alive at a time: 16 MiB in fp32."""
+from orchestrator.plan.memory import head_rows
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Answer:
     def logits(self) -> Iterator[torch.Tensor]:
         """Logits of all positions, row after row, in chunks [c, vocab]; raises `DataError` for one that is no number."""
         done = 0
-        for states in self.states.flatten(0, 1).split(max(1, ENTRIES_PER_CHUNK // self.vocab_size)):
+        for states in self.states.flatten(0, 1).split(head_rows(self.vocab_size, self.states.is_cuda)):
             logits = self.head(states)
             # The sum of a position is non-finite if any entry is; inf - inf is NaN, so nothing can hide.
             bad = ~torch.isfinite(logits.sum(-1))

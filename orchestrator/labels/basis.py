@@ -23,6 +23,24 @@ BASIS = "basis"
 Floats = npt.NDArray[np.float32]
 
 
+class Moments:
+    """Sums over vectors that come in parts, in float64: all that a principal component analysis needs of them."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.total = torch.zeros(width, dtype=torch.float64)
+        """[width]"""
+        self.products = torch.zeros(width, width, dtype=torch.float64)
+        """[width, width]"""
+
+    def add(self, vectors: torch.Tensor) -> None:
+        """Take in `vectors` [..., width]."""
+        wide = vectors.flatten(0, -2).cpu().double()
+        self.count += len(wide)
+        self.total += wide.sum(0)
+        self.products.addmm_(wide.T, wide)
+
+
 @dataclass(frozen=True)
 class Basis:
     """Where vectors are, and the orthonormal directions in which they vary most."""
@@ -33,13 +51,14 @@ class Basis:
     """[rank, width]"""
 
     @classmethod
-    def fit(cls, vectors: torch.Tensor, rank: int) -> Basis:
-        """Principal component analysis of `vectors` [n, width]; raises `SpecError` for more directions than there can be."""
-        if rank > min(vectors.shape):
-            raise SpecError(f"labels: rank {rank} exceeds the teacher's width or the calibration, {tuple(vectors.shape)}")
-        wide = vectors.double()
-        mean = wide.mean(0)
-        _, axes = torch.linalg.eigh((wide - mean).T @ (wide - mean))
+    def fit(cls, moments: Moments, rank: int) -> Basis:
+        """Principal component analysis; raises `SpecError` for more directions than there can be."""
+        if rank > min(moments.count, len(moments.total)):
+            raise SpecError(
+                f"labels: rank {rank} exceeds the teacher's width {len(moments.total)} or {moments.count} positions"
+            )
+        mean = moments.total / moments.count
+        _, axes = torch.linalg.eigh(moments.products / moments.count - mean[:, None] * mean)
         return cls(mean.float().numpy(), axes.T.flip(0)[:rank].float().contiguous().numpy())
 
     def project(self, vectors: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ class Codec:
         self._features = {f.name: Vectors(f.name, kept, frame) for f in kept.keep} if kept else {}
 
     def extract(self, answer: Answer, seeds: list[bytes]) -> Arrays:
-        """What is kept of `answer`; `seeds` holds 16 bytes a row."""
+        """What is kept of `answer`; `seeds` has bytes for each row, its own alone."""
         arrays = self._kind.extract(answer, seeds)
         for name, vectors in self._features.items():
             arrays |= vectors.extract(answer.features[name])

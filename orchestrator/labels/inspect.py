@@ -46,9 +46,9 @@ def label_costs(log: LabelLog) -> Costs:
     for shard, record in log.all_committed()[:SHARDS_READ]:
         count = record.rows * seq_len
         tokens += count
+        columns = _columns(log, shard, record)
         sizes.update(_compressed(log, record))
         if identity["labels"]["kind"] == "sampled":
-            columns = _columns(log, shard, record)
             for t in identity["labels"]["temperatures"]:
                 bound, mean = _bound(columns, t, identity["labels"]["samples"], vocab_size, seq_len)
                 bits.update({name: value * count for name, value in bound.items()})

@@ -20,7 +20,7 @@ from orchestrator.spec.labels import Labels
 
 class LabelKind(Protocol):
     def extract(self, answer: Answer, seeds: list[bytes]) -> Arrays:
-        """What is kept of `answer`; `seeds` holds 16 bytes a row for kinds that draw."""
+        """What is kept of `answer`; `seeds` has bytes for each row, its own alone for kinds that draw."""
         ...
 
     def pack(self, arrays: Arrays) -> Columns:

@@ -74,15 +74,6 @@ class Projector(nn.Module):
         return nn.functional.linear(states.to(self.weight.dtype), self.weight)
 
 
-def projector(source: int, target: int, project: bool, seed: int) -> Projector | None:
-    """A `Projector` if asked for; otherwise None, which needs equal widths."""
-    if project:
-        return Projector(source, target, seed)
-    if source != target:
-        raise SpecError(f"hidden states of width {source} and {target} cannot be compared without a projector")
-    return None
-
-
 def layer_map(teacher_layers: int, student_layers: int, how: Literal["uniform", "last"] | Sequence[Pair]) -> tuple[Pair, ...]:
     """Which student layer learns from which teacher layer; layer i, from 1, is the output of block i.
 

@@ -96,7 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
             else None
         )
         sums: Tensor | None = None
-        rows = min(head_rows(len(weight)), len(hidden))
+        rows = min(head_rows(len(weight), weight.is_cuda), len(hidden))
         buffers = Buffers(weight, rows)
         for start in range(0, len(hidden), rows):
             part = slice(start, min(start + rows, len(hidden)))
@@ -135,6 +135,8 @@ def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """total += gradient.T @ hidden, in fp32"""
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.T, hidden)
+    elif total.is_cuda:
+        total += gradient.T @ hidden
     else:
         product = hidden.new_empty((VOCAB_BLOCK, hidden.shape[1]))
         wide = torch.empty_like(product, dtype=total.dtype)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from orchestrator.errors import SpecError
 from orchestrator.losses.features import Projector, activation_clone, cosine, layer_map, mse
 from orchestrator.losses.relations import cka, gram, minilm, rkd_angle, rkd_distance
 from orchestrator.spec.labels import feature_name
@@ -58,10 +59,13 @@ class InnerLoss(nn.Module):
         self.projectors = nn.ModuleList()
         for i, link in enumerate(linked):
             ours, theirs = student_widths[link.student], teacher_widths[link.teacher]
+            if isinstance(link.term, MinilmTerm) and (ours % link.term.heads or theirs % link.term.heads):
+                raise SpecError(f"objective.features: {link.term.heads} heads do not divide the widths {ours} and {theirs}")
             if isinstance(link.term, MinilmTerm | RelationTerm):
                 self.projectors.append(nn.Identity())  # relations need no common width
             elif isinstance(link.term, CloneTerm):
-                self.projectors.append(Projector(theirs, ours, seed + i))
+                # Fixed: a learned map and the student could shrink together to a perfect match of nothing.
+                self.projectors.append(Projector(theirs, ours, seed + i).requires_grad_(False))
             else:
                 self.projectors.append(Projector(ours, theirs, seed + i))
 

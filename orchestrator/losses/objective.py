@@ -11,6 +11,7 @@ the logits is (g - q * sum(g)) / tau, which is written over the logits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,8 @@ LEAST_MASS = 1e-30
 """Stands for a probability of zero, so that its logarithm is finite; adds nothing to any divergence in fp32."""
 CACHED_ENTRIES = 1 << 18
 """Logits that a CPU takes through the loss at a time, so that what it makes of them stays in its cache."""
-LEAST_REMAINDER = 1e-9
-"""Bounds the student's tail mass where rounding leaves nothing of it."""
+LEAST_LOG_REST = -80.0
+"""Bounds the log of the student's tail mass, so that its inverse is a number in fp32."""
 
 
 @dataclass(frozen=True)
@@ -57,34 +58,47 @@ class Mixture:
         """`score` of what fits a cache."""
         log_probs = _log_softmax_(logits)
         ce = -log_probs.gather(1, target[:, None]).sum()
-        hard = log_probs.new_full((len(target), 1), -self.alpha)
+        soft = torch.zeros_like(ce)
         if teacher is None:
-            log_probs.exp_().mul_(self.alpha).scatter_add_(1, target[:, None], hard)
-            return torch.stack([self.alpha * ce, ce, torch.zeros_like(ce)])
-        tempered = log_probs if self.temperature == 1 else _log_softmax_(log_probs / self.temperature)
-        soft, derivative, ids = self._derivative(tempered, teacher)
-        derivative *= self.soft_weight / self.temperature
-        pull = -derivative.sum(-1, keepdim=True)
-        if tempered is log_probs:
-            gradient = log_probs.exp_().mul_(self.alpha + pull)
+            gradient = log_probs.exp_().mul_(self.alpha)
+        elif self.temperature == 1:
+            soft, gradient = self._soften_(log_probs, teacher, self.alpha)
         else:
-            gradient = log_probs.exp_().mul_(self.alpha).addcmul_(tempered.exp_(), pull)
-        gradient.scatter_add_(1, target[:, None], hard)
-        gradient.add_(derivative) if ids is None else gradient.scatter_add_(1, ids, derivative)
+            tempered = _log_softmax_(log_probs / self.temperature)
+            soft, pull = self._soften_(tempered, teacher, 0.0)
+            gradient = log_probs.exp_().mul_(self.alpha).add_(pull)
+        gradient.scatter_add_(1, target[:, None], gradient.new_full((len(target), 1), -self.alpha))
         return torch.stack([self.alpha * ce + self.soft_weight * soft, ce, soft])
 
-    def _derivative(self, student: Tensor, teacher: Sparse | Dense) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Sum of the divergence, its derivative by `student` [n, vocab] at `ids` [n, k]; None: at every id."""
+    def _soften_(self, student: Tensor, teacher: Sparse | Dense, base: float) -> tuple[Tensor, Tensor]:
+        """Sum of the divergence at `student` [n, vocab]; in place, its weighted gradient plus `base` times q."""
+        weight = self.soft_weight / self.temperature
+        if isinstance(teacher, Dense):
+            value, derivative = self._derivative(self._target(student, teacher), student)
+            derivative *= weight
+            return value, student.exp_().mul_(base - derivative.sum(-1, keepdim=True)).add_(derivative)
+        kept = student.gather(1, teacher.ids)
+        if teacher.tail is None:
+            value, derivative = self._derivative(_log_of(teacher.probs, kept), kept)
+            derivative *= weight
+            gradient = student.exp_().mul_(base - derivative.sum(-1, keepdim=True))
+            return value, gradient.scatter_add_(1, teacher.ids, derivative)
+        rest = _rest(student, teacher.ids, kept)
+        said = _log_of(torch.cat([teacher.probs, teacher.tail[:, None]], -1), kept)
+        value, derivative = self._derivative(said, torch.cat([kept, rest], -1))
+        derivative *= weight
+        pull = base - derivative.sum(-1, keepdim=True)
+        on_kept = kept.exp() * pull + derivative[:, :-1]
+        gradient = student.exp_().mul_(pull + derivative[:, -1:] * (-rest).exp())
+        return value, gradient.scatter_(1, teacher.ids, on_kept)
+
+    def _derivative(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the divergence between log-probabilities [n, events], and its derivative by the student's."""
         assert self.divergence is not None
         with torch.enable_grad():
-            if isinstance(teacher, Sparse):
-                leaf = student.gather(1, teacher.ids).requires_grad_()
-                value = self.divergence(_teacher_events(teacher, student.dtype), _student_events(teacher, leaf)).sum()
-            else:
-                leaf = student.detach().requires_grad_()
-                value = self.divergence(self._target(leaf.detach(), teacher), leaf).sum()
-        (derivative,) = torch.autograd.grad(value, leaf)
-        return value.detach(), derivative, teacher.ids if isinstance(teacher, Sparse) else None
+            leaf = student.detach().requires_grad_()
+            value = self.divergence(teacher, leaf).sum()
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
 
     @torch.no_grad()
     def _target(self, student: Tensor, teacher: Dense) -> Tensor:
@@ -100,15 +114,12 @@ def _log_softmax_(logits: Tensor) -> Tensor:
     return torch.ops.aten._log_softmax.out(logits, -1, False, out=logits)
 
 
-def _teacher_events(teacher: Sparse, dtype: torch.dtype) -> Tensor:
-    """Log-probabilities [n, k], with the tail [n, k + 1]."""
-    probs = teacher.probs if teacher.tail is None else torch.cat([teacher.probs, teacher.tail[:, None]], -1)
-    return probs.to(dtype).clamp_min(LEAST_MASS).log()
+def _log_of(probs: Tensor, like: Tensor) -> Tensor:
+    return probs.to(like.dtype).clamp_min(LEAST_MASS).log()
 
 
-def _student_events(teacher: Sparse, kept: Tensor) -> Tensor:
-    """The student's log-probabilities of the same events, from those of the ids, `kept` [n, k]."""
-    if teacher.tail is None:
-        return kept
-    remainder = (1 - kept.exp().sum(-1, keepdim=True)).clamp_min(LEAST_REMAINDER)
-    return torch.cat([kept, remainder.log()], -1)
+def _rest(student: Tensor, ids: Tensor, kept: Tensor) -> Tensor:
+    """Log of the student's mass on all but `ids`, [n, 1]: summed, because 1 minus the mass on them would round away."""
+    rest = student.scatter_(1, ids, -math.inf).logsumexp(-1, keepdim=True).clamp_min(LEAST_LOG_REST)
+    student.scatter_(1, ids, kept)
+    return rest

@@ -47,12 +47,12 @@ def build_model(model: Model, vocab_size: int, seed: int, section: str) -> PreTr
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
-def load_model(folder: Path, dtype: Literal["bf16", "fp32"]) -> PreTrainedModel:
-    """The causal LM in `folder`, from safetensors only, ready for inference on the best device there is."""
+def load_model(folder: Path, dtype: Literal["bf16", "fp32"], on: torch.device) -> PreTrainedModel:
+    """The causal LM in `folder`, from safetensors only, ready for inference."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, local_files_only=True
     )
-    torch.nn.Module.to(model, device())
+    torch.nn.Module.to(model, on)
     return model.eval()
 
 
@@ -63,5 +63,6 @@ def outline(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(gpus: float) -> torch.device:
+    """Where a process works that asked for `gpus`; Ray may show it GPUs that it did not ask for."""
+    return torch.device("cuda" if gpus > 0 else "cpu")

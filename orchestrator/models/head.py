@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from orchestrator.errors import SpecError
 from orchestrator.losses.head import Head
-from orchestrator.models.build import device, outline
+from orchestrator.models.build import outline
 
 TRIAL_IDS = 8
 
@@ -34,9 +34,12 @@ def last_hidden(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def check_head(model: PreTrainedModel, section: str) -> None:
     """Raise `SpecError` if the head of `model` makes anything else of its hidden states than the model itself does."""
+    was_training = model.training
+    model.eval()  # dropout would make two calls differ
     ids = torch.arange(TRIAL_IDS, device=model.device)[None] % model.config.get_text_config().vocab_size
     own = model(input_ids=ids, use_cache=False).logits.float()[0]
     taken = output_head(model)(last_hidden(model, ids)[0])
+    model.train(was_training)
     rtol = 1e-4 if model.dtype == torch.float32 else 5e-2
     atol = rtol * float(own.nan_to_num().abs().max())
     # Weights that are no numbers are another complaint, made where it is known what came of them.
@@ -44,13 +47,13 @@ def check_head(model: PreTrainedModel, section: str) -> None:
         raise SpecError(f"{section}: {type(model).__name__} makes its logits in a way that the chunked head does not know")
 
 
-def load_head(folder: Path, dtype: torch.dtype) -> Head:
-    """The head of the causal LM in `folder` alone, on the best device there is; nothing else of the model is loaded."""
+def load_head(folder: Path, dtype: torch.dtype, on: torch.device) -> Head:
+    """The head of the causal LM in `folder` alone; nothing else of the model is loaded."""
     model = outline(folder)
     head = output_head(model)
     names = {id(p): name for name, p in reversed([*model.named_parameters(remove_duplicate=False)])}
-    weight = _read(folder, names[id(head.weight)]).to(device(), dtype)
-    bias = None if head.bias is None else _read(folder, names[id(head.bias)]).to(device(), dtype)
+    weight = _read(folder, names[id(head.weight)]).to(on, dtype)
+    bias = None if head.bias is None else _read(folder, names[id(head.bias)]).to(on, dtype)
     return Head(weight, bias, head.scale, head.softcap)
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.plan.batch import Batch
-from orchestrator.spec.labels import DenseLabels, Labels, SampledLabels, TopkLabels
+from orchestrator.spec.labels import DenseLabels, Labels, SampledLabels, TopkLabels, Vectors
 from orchestrator.spec.model import Model
 from orchestrator.spec.train import Train
 
 HEAD_ENTRIES = 1 << 22
 """Logits that the chunked head holds at a time: 16 MiB in fp32."""
+GPU_HEAD_ENTRIES = 1 << 27
+"""The same on a GPU, whose GEMMs want more rows and whose launches cost more: 512 MiB. Not measured."""
 LEAST_HEAD_ROWS = 64
 """Below, the traffic of accumulating the gradient of the head's weight outweighs the GEMM."""
 DENSE_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -56,9 +58,9 @@ class WorkerMemory:
         return self.weights + self.gradients + self.optimizer + self.head
 
 
-def head_rows(vocab_size: int) -> int:
+def head_rows(vocab_size: int, on_gpu: bool) -> int:
     """Positions whose logits the chunked head holds at a time."""
-    return max(LEAST_HEAD_ROWS, HEAD_ENTRIES // vocab_size)
+    return max(LEAST_HEAD_ROWS, (GPU_HEAD_ENTRIES if on_gpu else HEAD_ENTRIES) // vocab_size)
 
 
 def worker_memory(params: int, train: Train, seq_len: int, vocab_size: int, width: int) -> WorkerMemory:
@@ -70,21 +72,30 @@ def worker_memory(params: int, train: Train, seq_len: int, vocab_size: int, widt
         weights=params * size // (workers if stage >= 3 else 1),
         gradients=params * 4 // (workers if stage >= 2 else 1),
         optimizer=params * (8 + master) // (workers if stage >= 1 else 1),
-        head=4 * vocab_size * (3 * min(head_rows(vocab_size), Batch.of(train).micro_rows * seq_len) + width),
+        head=4
+        * vocab_size
+        * (3 * min(head_rows(vocab_size, train.gpus_per_worker > 0), Batch.of(train).micro_rows * seq_len) + width),
     )
 
 
 def label_bytes_per_token(labels: Labels, vocab_size: int, teacher_width: int) -> float:
     """Upper bound of what one position takes before compression."""
+    inner = 0.0 if labels.features is None else len(labels.features.keep) * _vector_bytes(labels.features, teacher_width)
+    return inner + _distribution_bytes(labels, vocab_size, teacher_width)
+
+
+def _distribution_bytes(labels: Labels, vocab_size: int, teacher_width: int) -> float:
     if isinstance(labels, SampledLabels):
         return len(labels.temperatures) * (1 + _set_bytes(labels.samples, vocab_size) + labels.samples / 8)
     if isinstance(labels, TopkLabels):
         return _set_bytes(labels.k, vocab_size) + labels.k * 2 + len(labels.temperatures) * 8
     if isinstance(labels, DenseLabels):
         return vocab_size * (2 if labels.dtype == "fp16" else 4)
-    if labels.codec == "pca":
-        return (labels.rank or 0) * 2
-    return teacher_width * 2 if labels.codec == "fp16" else teacher_width + 4
+    return _vector_bytes(labels, teacher_width)
+
+
+def _vector_bytes(vectors: Vectors, width: int) -> float:
+    return width + 4 if vectors.codec == "int8" else 2 * (vectors.rank or width)
 
 
 def _set_bytes(ids: int, vocab_size: int) -> float:

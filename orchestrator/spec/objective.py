@@ -112,7 +112,7 @@ class CosineTerm(FeatureTermBase):
 
 
 class CloneTerm(FeatureTermBase):
-    """Mean squared difference, the teacher's states mapped to the student's width (Low-Rank Clone's activation clone)."""
+    """Mean squared difference, the teacher's states mapped to the student's width by a fixed map (after Low-Rank Clone)."""
 
     kind: Literal["clone"]
     part: Part = "ffn"

@@ -118,7 +118,10 @@ class LabelLog:
         record = ShardRecord.load(self.store, f"{self.folder}/{name}.json")
         if record is None:
             return None
-        data = self.store.read(f"{self.folder}/{record.file}")
+        try:
+            data = self.store.read(f"{self.folder}/{record.file}")
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{self.store.path(self.folder)}: the file {record.file} is gone") from error
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise IntegrityError(
                 f"{self.store.path(self.folder)}/{record.file}: sha256 mismatch, it has changed since it was written"
@@ -151,6 +154,9 @@ class LabelLog:
     def verify(self) -> list[tuple[int, ShardRecord]]:
         """Read every committed shard in full; returns them, or raises `IntegrityError` at the first damaged one."""
         found = self.all_committed()
+        for name in self.store.keys(self.folder):
+            if name.endswith(".json") and name != "key.json":
+                self.kept(name.removesuffix(".json"))
         for shard, record in found:
             get_shard(self.store, f"{self.folder}/data", record, f"label shard {shard}")
         return found

@@ -21,7 +21,7 @@ from orchestrator.labels.basis import bases_of
 from orchestrator.labels.codec import Codec
 from orchestrator.labels.layout import Arrays, Frame
 from orchestrator.labels.targets import Targets
-from orchestrator.models.build import DTYPES
+from orchestrator.models.build import DTYPES, device
 from orchestrator.models.head import load_head
 from orchestrator.plan.batch import Batch
 from orchestrator.plan.schedule import scheduled
@@ -159,5 +159,9 @@ class Feed:
 def _codec(store: Store, job: TrainingJob) -> Codec:
     assert job.soft is not None
     labels = job.soft.labels
-    head = load_head(job.soft.teacher, DTYPES[job.train.precision]) if isinstance(labels, HiddenLabels) else None
+    head = (
+        load_head(job.soft.teacher, DTYPES[job.soft.teacher_dtype], device(job.train.gpus_per_worker))
+        if isinstance(labels, HiddenLabels)
+        else None
+    )
     return Codec(labels, Frame(job.vocab_size, job.manifest.seq_len, head, bases_of(LabelLog(store, job.soft.log_key))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.order import TrainingOrder
@@ -15,6 +16,8 @@ from orchestrator.store.records import TokenManifest
 
 NO_RESULT = {"checkpoint_every", "max_restarts"}
 """Fields of `train` that cannot change a weight."""
+TRAINING_VERSION = 2
+"""Raised when the code makes other weights of the same job."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Soft:
     objective: Objective
     teacher: Path
     """Folder of the teacher, for labels that leave its head to the reader."""
+    teacher_dtype: Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class TrainingJob:
         if self.soft is not None:
             soft = [self.soft.log_key, self.soft.objective]
         train = self.train.model_dump(mode="json", exclude=NO_RESULT)
-        return fingerprint("train", self.model, self.vocab_size, train, self.seed, self.manifest.content, soft)
+        return fingerprint(
+            "train", TRAINING_VERSION, self.model, self.vocab_size, train, self.seed, self.manifest.content, soft
+        )
 
     @property
     def folder(self) -> str:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 
 from orchestrator.labels.answer import Answer
-from orchestrator.models.build import load_model
+from orchestrator.models.build import device, load_model
 from orchestrator.models.features import captured, feature_widths
 from orchestrator.models.head import check_head, last_hidden, output_head
 
@@ -22,8 +22,8 @@ class Teacher(Protocol):
 class TransformersBackend:
     """A causal LM of transformers in this process."""
 
-    def __init__(self, folder: Path, dtype: Literal["bf16", "fp32"], features: tuple[str, ...] = ()) -> None:
-        self._model = load_model(folder, dtype)
+    def __init__(self, folder: Path, dtype: Literal["bf16", "fp32"], features: tuple[str, ...] = (), gpus: float = 0) -> None:
+        self._model = load_model(folder, dtype, device(gpus))
         check_head(self._model, "teacher")
         feature_widths(self._model, features, "labels.features")
         self._features = features

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ray
 import torch
 
-from orchestrator.labels.basis import BASIS, Basis, to_bytes
+from orchestrator.labels.basis import BASIS, Basis, Moments, to_bytes
 from orchestrator.runtime.environment import limit_threads
 from orchestrator.spec.labels import kept_features, principal_ranks
 from orchestrator.store.label_log import LabelLog
@@ -31,12 +31,13 @@ def _fit_task(work: Labelling, shard: int) -> None:
     manifest = TokenManifest.load(work.store, f"{work.data_folder}/{MANIFEST}")
     assert manifest is not None
     ids = torch.from_numpy(read_tokens(work.store, f"{work.data_folder}/train", manifest.train[shard]).ids[:, :-1]).long()
-    teacher = TransformersBackend(work.model, work.dtype, kept_features(work.labels))
-    found: dict[str, list[torch.Tensor]] = {}
+    teacher = TransformersBackend(work.model, work.dtype, kept_features(work.labels), work.gpus)
+    moments: dict[str, Moments] = {}
+    ranks = principal_ranks(work.labels)
     for part in ids.split(work.micro_batch):
         answer = teacher.answer(part)
-        for name, vectors in {"states": answer.states, **answer.features}.items():
-            found.setdefault(name, []).append(vectors.flatten(0, 1).float().cpu())
-    ranks = principal_ranks(work.labels)
-    bases = {name: Basis.fit(torch.cat(found[name]), rank) for name, rank in ranks.items()}
+        for name in ranks:
+            vectors = answer.states if name == "states" else answer.features[name]
+            moments.setdefault(name, Moments(vectors.shape[-1])).add(vectors)
+    bases = {name: Basis.fit(moments[name], rank) for name, rank in ranks.items()}
     LabelLog(work.store, work.log_key).keep(BASIS, to_bytes(bases))

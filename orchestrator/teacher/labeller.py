@@ -39,6 +39,7 @@ class Labelling:
     log_key: str
     micro_batch: int
     threads: int
+    gpus: float
     board: Any
 
 
@@ -63,7 +64,7 @@ class Labeller:
         work = self._work
         frame = Frame(work.vocab_size, self._manifest.seq_len, bases=bases_of(self._log))
         self._codec = Codec(work.labels, frame)
-        self._teacher: Teacher = TransformersBackend(work.model, work.dtype, kept_features(work.labels))
+        self._teacher: Teacher = TransformersBackend(work.model, work.dtype, kept_features(work.labels), work.gpus)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self._refusal is not None:

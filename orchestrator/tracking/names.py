@@ -33,7 +33,11 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         for metric in (
             Metric(LOSS, "nats", "What the optimizer minimises: the objective's mixture, mean per target token"),
             Metric(CE_NATS, "nats", "Cross entropy on the hard targets, mean per target token"),
-            Metric(KD_NATS, "nats", "Divergence from the teacher's soft labels, mean per target token"),
+            Metric(
+                KD_NATS,
+                "nats",
+                "Divergence from the teacher's soft labels (of sampled ones: from the draw), mean per target token",
+            ),
             Metric(FEATURE_LOSS, "1", "Weighted sum of the objective's losses on inner layers"),
             Metric(LEARNING_RATE, "1", "Learning rate of the step"),
             Metric(GRAD_NORM, "1", "Norm of the whole gradient before clipping"),

@@ -36,7 +36,7 @@ def main() -> None:
     manifest = TokenManifest.load(store, f"data/{data_key}/manifest.json")
     assert manifest is not None
     (teacher,) = store.keys("teacher")
-    soft = Soft(log_key, job.labels, job.objective, store.path(f"teacher/{teacher}/{MODEL}"))
+    soft = Soft(log_key, job.labels, job.objective, store.path(f"teacher/{teacher}/{MODEL}"), job.teacher.dtype)
     training = TrainingJob(
         "student", job.student.model, manifest.vocab_size, job.train, job.seed, f"data/{data_key}", manifest, soft
     )

@@ -81,7 +81,7 @@ def finished(name: str, shards: int) -> Text:
     assert manifest is not None
     tokens = [read_tokens(store, f"data/{made['data']}/train", record) for record in manifest.train[:shards]]
     (teacher,) = [f for f in store.path("teacher").glob(f"*/{MODEL}") if vocabulary(f) == manifest.vocab_size]
-    student = load_model(store.path(f"student/{made['student']}/{MODEL}"), "fp32")
+    student = load_model(store.path(f"student/{made['student']}/{MODEL}"), "fp32", torch.device("cpu"))
     ids = torch.from_numpy(np.concatenate([t.ids for t in tokens])).long()
     row_ids = [row_id for t in tokens for row_id in t.row_ids]
     return Text(TransformersBackend(teacher, job.teacher.dtype), student, ids, row_ids, manifest.vocab_size)

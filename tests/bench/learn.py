@@ -66,7 +66,7 @@ class Case:
     teacher: Path
 
     def training(self, job: Job, variant: bool) -> TrainingJob:
-        soft = Soft("", job.labels, job.objective, self.teacher) if variant else None
+        soft = Soft("", job.labels, job.objective, self.teacher, job.teacher.dtype) if variant else None
         return TrainingJob(
             "student", job.student.model, self.manifest.vocab_size, job.train, job.seed, self.data_folder, self.manifest, soft
         )
@@ -116,7 +116,7 @@ def train_variant(seed: int, overrides: list[str] | None, lessons: list[list[Les
     distiller = build_distiller(training)
     loop = PlainLoop(distiller, job.train)
     schedule = ObjectiveSchedule(training.objective, job.train.steps, torch.device("cpu"))
-    frame = Frame(case.manifest.vocab_size, case.manifest.seq_len, load_head(case.teacher, torch.bfloat16))
+    frame = Frame(case.manifest.vocab_size, case.manifest.seq_len, load_head(case.teacher, torch.bfloat16, torch.device("cpu")))
     codec = None if overrides is None else Codec(job.labels, frame)
     for step, parts in enumerate(lessons):
         loop.step(step, [lesson.taught(codec) for lesson in parts], schedule.at(step))

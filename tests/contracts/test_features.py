@@ -12,7 +12,7 @@ import torch
 
 from orchestrator.errors import SpecError
 from orchestrator.losses.crosstokenizer import uld
-from orchestrator.losses.features import Projector, activation_clone, cosine, layer_map, mse, projector, unit
+from orchestrator.losses.features import Projector, activation_clone, cosine, layer_map, mse, unit
 
 Tensor = torch.Tensor
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -184,15 +184,6 @@ def test_projector_learns_the_map(seed: int) -> None:
     with pytest.raises(SpecError, match=f"{WIDTH}, got {TEACHER_WIDTH}"):
         learned(target)
     assert Projector(WIDTH, TEACHER_WIDTH, seed)(x.bfloat16()).dtype == torch.float32
-
-
-def test_projector_only_where_asked_for(seed: int) -> None:
-    assert projector(WIDTH, WIDTH, False, seed) is None
-    for target in (WIDTH, TEACHER_WIDTH):
-        made = projector(WIDTH, target, True, seed)
-        assert made is not None and made.weight.shape == (target, WIDTH)
-    with pytest.raises(SpecError, match=f"{WIDTH} and {TEACHER_WIDTH}"):
-        projector(WIDTH, TEACHER_WIDTH, False, seed)
 
 
 def test_activation_clone(seed: int) -> None:

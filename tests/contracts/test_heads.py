@@ -48,8 +48,15 @@ def test_the_head_makes_the_logits_of_the_model(seed: int, name: str, tmp_path: 
     check_head(model, "student")
 
     model.save_pretrained(tmp_path)
-    loaded = load_head(tmp_path, torch.float32)
+    loaded = load_head(tmp_path, torch.float32, torch.device("cpu"))
     assert torch.equal(loaded(hidden), output_head(model)(hidden)), "read alone from the folder, it is the same head"
+
+
+def test_dropout_is_no_other_way(seed: int) -> None:
+    model = build_model(Model(type="llama", config={**SMALL, "attention_dropout": 0.3}), VOCAB, seed, "student")
+    assert model.training
+    check_head(model, "student")
+    assert model.training
 
 
 def test_logits_made_in_another_way_are_refused(seed: int) -> None:

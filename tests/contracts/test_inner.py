@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orchestrator.errors import DataError, IntegrityError, SpecError
-from orchestrator.labels.basis import Basis, bases_of, to_bytes
+from orchestrator.labels.basis import Basis, Moments, bases_of, to_bytes
 from orchestrator.labels.codec import Codec
 from orchestrator.labels.layout import Frame
 from orchestrator.labels.vectors import Vectors
@@ -102,26 +102,38 @@ def test_vectors_survive_storage(seed: int, codec: Any, bound: float) -> None:
             vectors.extract(states)
 
 
+def moments_of(states: torch.Tensor) -> Moments:
+    moments = Moments(states.shape[-1])
+    for part in states:
+        moments.add(part)
+    return moments
+
+
 def test_coordinates_hold_what_lies_in_their_directions(seed: int, store: Store) -> None:
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(3, SEQ, 7, generator=generator) @ torch.randn(7, 40, generator=generator) + 5
-    log = LabelLog(store, "x")
-    log.keep("basis", to_bytes({"x": Basis.fit(states.flatten(0, 1), 7)}))
-    log.keep("basis", to_bytes({"x": Basis.fit(states.roll(1, 2).flatten(0, 1), 7)}))
+    log = LabelLog.open(store, {})
+    log.keep("basis", to_bytes({"x": Basis.fit(moments_of(states), 7)}))
+    log.keep("basis", to_bytes({"x": Basis.fit(moments_of(states.roll(1, 2)), 7)}))
     vectors = Vectors("x", spec.Vectors(codec="pca", rank=7), Frame(VOCAB, SEQ, bases=bases_of(log)))
     arrays = vectors.extract(states)
     assert arrays["x"].shape == (3, SEQ, 7)
     back = vectors.tensor(vectors.unpack(vectors.pack(arrays)))
     assert torch.allclose(back, states, rtol=1e-2, atol=2e-2), "the first basis stays"
-    fewer = Basis.fit(states.flatten(0, 1), 3)
+    fewer = Basis.fit(moments_of(states), 3)
     _, singular, _ = torch.linalg.svd(states.flatten(0, 1).double() - states.flatten(0, 1).double().mean(0))
     lost = (fewer.restore(fewer.project(states)) - states).square().sum()
     assert float(lost) == pytest.approx(float(singular[3:].square().sum()), rel=1e-3), "no basis of three loses less"
     with pytest.raises(SpecError, match="rank 41 exceeds"):
-        Basis.fit(states.flatten(0, 1).repeat(2, 1), 41)
-    file = next(f for f in store.path("labels/x").iterdir() if f.suffix != ".json")
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(IntegrityError, match="sha256 mismatch"):
+        Basis.fit(moments_of(states.repeat(2, 1, 1)), 41)
+    file = store.path(log.folder) / store.read_json(f"{log.folder}/basis.json")["file"]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"?")
+    for reader in (lambda: log.kept("basis"), log.verify):
+        with pytest.raises(IntegrityError, match="sha256 mismatch"):
+            reader()
+    file.unlink()
+    with pytest.raises(IntegrityError, match="is gone"):
         log.kept("basis")
 
 
@@ -145,6 +157,7 @@ def test_terms_add_up_over_their_layer_pairs(seed: int) -> None:
     names = [{link.student for link in linked}, {link.teacher for link in linked}]
     inner = InnerLoss(linked, feature_widths(student, names[0], "x"), feature_widths(teacher, names[1], "x"), seed)
     assert sum(p.numel() for p in inner.parameters()) == 2 * 32 * 48 + 48 * 32, "two maps to the teacher's width, one back"
+    assert sum(p.numel() for p in inner.parameters() if p.requires_grad) == 2 * 32 * 48, "what could shrink to zero is fixed"
     with captured(student, names[0], "x") as ours:
         last_hidden(student, ids)
     with torch.no_grad(), captured(teacher, names[1], "x") as theirs:
@@ -162,7 +175,7 @@ def test_terms_add_up_over_their_layer_pairs(seed: int) -> None:
         "weight 2, the mean of two pairs"
     )
     whole.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in inner.parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in inner.parameters() if p.requires_grad)
     touched = [p for p in student.base_model.layers[1].parameters() if p.grad is not None]
     assert touched, "the student learns from it"
     rolled = {name: states.roll(1, 1) for name, states in theirs.items()}

@@ -56,7 +56,7 @@ HEADS = {"plain": (False, 1.0, None), "bias": (True, 1.0, None), "scaled": (Fals
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "head_rows", lambda _: ROWS_PER_CHUNK)
+    monkeypatch.setattr(chunked, "head_rows", lambda *_: ROWS_PER_CHUNK)
 
 
 @dataclass(frozen=True)
@@ -304,6 +304,24 @@ def test_sampled_gradients_average_to_the_full_one(seed: int, temperature: float
     assert (np.abs(mean - np.roll(full, 1, axis=0)) > bound).any()
     for biased in ("topk", "renormalized"):
         assert (np.abs(gradient(soft_labels(case, biased, temperature), 1) - full) > bound).any(), biased
+
+
+@pytest.mark.parametrize("margin", [5.0, 15.0, 20.0])
+def test_a_tail_that_the_student_has_given_up_still_pulls(seed: int, margin: float) -> None:
+    """fp32 against float64: a student that puts all its mass on kept ids is drawn to the others as much as it should be."""
+    case = make_case(seed)
+    soft = soft_labels(case, "topk", 1.0)
+    assert isinstance(soft, Sparse)
+    logits = case.logits().detach().scatter(1, soft.ids[:, :1], margin + float(case.logits().detach().max()))
+    mixture = Mixture(0.0, 1.0, 1.0, combined((ForwardKl(),)))
+    exact, rounded = logits.clone(), logits.float()
+    sums = [mixture.score(z, case.target, soft) for z in (exact, rounded)]
+    assert torch.allclose(exact, rounded.double(), rtol=1e-3, atol=1e-6)
+    assert float(sums[1][2]) == pytest.approx(float(sums[0][2]), rel=1e-5)
+    rest = torch.ones_like(exact).scatter(1, soft.ids, 0.0)
+    q = logits.softmax(-1)
+    expected = ((q * rest).sum(1) - soft.tail.double()) if soft.tail is not None else None
+    assert torch.allclose((exact * rest).sum(1), expected, atol=1e-9), "on the others together: student's mass less teacher's"
 
 
 def test_unused_places_change_nothing(seed: int) -> None:

@@ -104,7 +104,7 @@ class Bench:
     def job(self, case: Case, world: int, stage: str = "student") -> TrainingJob:
         soft = None
         if case.labels != "hard":
-            soft = Soft(self.logs[case.labels], *LABELS[case.labels], teacher=Path())
+            soft = Soft(self.logs[case.labels], *LABELS[case.labels], teacher=Path(), teacher_dtype="fp32")
         train = Train(
             steps=STEPS,
             global_batch=ROWS,
