@@ -84,7 +84,8 @@ def _mean_loss(term: FeatureTerm, projector: nn.Module, teacher: Tensor, student
     if isinstance(term, MinilmTerm):
         return minilm(teacher, student, term.heads).mean()
     if isinstance(term, RelationTerm):
-        chosen = torch.linspace(0, teacher.shape[1] - 1, min(term.points, teacher.shape[1])).long()
+        # Not the first position: it has no context, and where a model parks its attention its states dwarf all others.
+        chosen = torch.linspace(1, teacher.shape[1] - 1, min(term.points, teacher.shape[1] - 1)).long()
         pairs = zip(teacher[:, chosen], student[:, chosen], strict=True)
         return torch.stack([RELATIONS[term.kind](ours, theirs) for ours, theirs in pairs]).mean()
     if isinstance(term, CloneTerm):

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
@@ -25,16 +25,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from orchestrator.labels.answer import Answer
-from orchestrator.labels.kinds import label_kind
+from orchestrator.labels.codec import Codec
 from orchestrator.labels.layout import Frame
 from orchestrator.labels.targets import Dense
 from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.models.build import build_model
 from orchestrator.plan.order import TrainingOrder
 from orchestrator.runtime.environment import limit_threads, prepare_deepspeed
-from orchestrator.spec.labels import DenseLabels, Labels, SampledLabels, TopkLabels
+from orchestrator.spec.labels import DenseLabels, Feature, Features, Labels, SampledLabels, TopkLabels
 from orchestrator.spec.model import Model
-from orchestrator.spec.objective import Objective, Schedule, Taid
+from orchestrator.spec.objective import MinilmTerm, Objective, Schedule, Taid
 from orchestrator.spec.train import Train, Zero
 from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
@@ -53,10 +53,16 @@ LOSSES = {"fp32": 2e-6, "bf16": 2e-4}
 WEIGHTS = {"fp32": 1e-4, "bf16": 0.15}
 """How far the final weights may be from those of float64, as a share of the way they came."""
 
+KEPT = Feature(layer=2, part="values")
+TEACHER_WIDTH, RELATION_HEADS, RELATION_WEIGHT = 24, 2, 0.5
 LABELS: dict[str, tuple[Labels, Objective]] = {
     "sampled": (SampledLabels(samples=20), Objective(alpha=0.3)),
     "topk": (TopkLabels(kind="topk", k=6, temperatures=(1.0, 2.0)), Objective(alpha=0.2, temperature=2.0)),
     "shifted": (SampledLabels(samples=20), Objective(alpha=0.3)),
+    "relations": (
+        SampledLabels(samples=20, features=Features(keep=(KEPT,))),
+        Objective(alpha=0.3, features=(MinilmTerm(kind="minilm", weight=RELATION_WEIGHT, heads=RELATION_HEADS),)),
+    ),
     "taid": (DenseLabels(kind="dense", dtype="fp32"), Objective(alpha=Schedule(start=0.6, end=0.1), taid=Taid(rate=0.2))),
 }
 
@@ -83,6 +89,7 @@ CASES: dict[int, list[Case]] = {
         *(Case(labels, zero) for labels in ("sampled", "topk") for zero in range(4)),
         *(Case("sampled", zero, "bf16") for zero in (1, 2, 3)),
         Case("taid", 3),
+        *(Case("relations", zero) for zero in (1, 3)),
     ],
     4: [Case("sampled", 0), Case("topk", 1), Case("sampled", 3)],
 }
@@ -104,7 +111,7 @@ class Bench:
     def job(self, case: Case, world: int, stage: str = "student") -> TrainingJob:
         soft = None
         if case.labels != "hard":
-            soft = Soft(self.logs[case.labels], *LABELS[case.labels], teacher=Path(), teacher_dtype="fp32")
+            soft = Soft(self.logs[case.labels], *LABELS[case.labels], teacher=self.store.path("teacher"), teacher_dtype="fp32")
         train = Train(
             steps=STEPS,
             global_batch=ROWS,
@@ -137,17 +144,22 @@ def build_bench(root: Path) -> Bench:
         fingerprint="x", seq_len=SEQ, vocab_size=VOCAB, tokenizer_sha256="", train=tuple(records), heldout=(), **totals
     )
     store.path("data/x/tokenizer").mkdir()
+    shape = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    build_model(Model(config=shape | {"num_key_value_heads": 2}), VOCAB, 1, "teacher").save_pretrained(store.path("teacher"))
     return Bench(store, manifest, {name: write_log(store, name, labels, shards) for name, (labels, _) in LABELS.items()})
 
 
 def write_log(store: Store, name: str, labels: Labels, shards: list[TokenShard]) -> str:
     """Labels of a teacher that is sure of a few ids, other ones at every position."""
-    log, kind = LabelLog.open(store, {"name": name}), label_kind(labels, Frame(VOCAB, SEQ))
+    log, codec = LabelLog.open(store, {"name": name}), Codec(labels, Frame(VOCAB, SEQ))
     for shard, tokens in enumerate(shards):
-        logits = torch.randn(len(tokens.row_ids), SEQ, VOCAB, generator=torch.Generator().manual_seed(shard)) * 3
+        generator = torch.Generator().manual_seed(shard)
+        logits = torch.randn(len(tokens.row_ids), SEQ, VOCAB, generator=generator) * 3
+        inner = torch.randn(len(tokens.row_ids), SEQ, TEACHER_WIDTH, generator=generator)
         if name == "shifted":
             logits = logits.roll(1, 1)
-        log.commit(shard, tokens, kind.pack(kind.extract(Answer.of_logits(logits), tokens.row_ids)))
+        answer = replace(Answer.of_logits(logits), features={KEPT.name: inner})
+        log.commit(shard, tokens, codec.pack(codec.extract(answer, tokens.row_ids)))
     return log.key
 
 
@@ -157,14 +169,20 @@ def write_log(store: Store, name: str, labels: Labels, shards: list[TokenShard])
 def dense_loss(
     bench: Bench, job: TrainingJob, model: torch.nn.Module, rows: list[tuple[int, int]], step: int = 0, share: float = 1.0
 ) -> list[torch.Tensor]:
-    """Mean (loss, CE, KL) over the rows of a batch; `share` is the teacher's in an interpolated target."""
+    """Mean (loss, CE, KL, features' loss) over the rows of a batch; `share` is the teacher's in an interpolated target."""
     ids = np.stack([read_tokens(bench.store, "data/x/train", bench.manifest.train[s]).ids[r] for s, r in rows])
     tokens = torch.from_numpy(ids).long()
+    values: list[torch.Tensor] = []
+    hook = model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda *args: values.append(args[2]))  # type: ignore
     log_q = model(input_ids=tokens[:, :-1]).logits.log_softmax(-1)
+    hook.remove()
     ce = -log_q.gather(2, tokens[:, 1:, None]).mean()
     if job.soft is None:
-        return [ce, ce, torch.zeros(())]
+        return [ce, ce, torch.zeros(()), torch.zeros(())]
     objective = job.soft.objective
+    inner = torch.zeros((), dtype=torch.float64)
+    if objective.features:
+        inner = RELATION_WEIGHT * relation_kl(stored_features(bench, job, rows), values[0])
     targets, kept, tail = dense_targets(bench, job, rows)
     alpha, temperature = objective.alpha, objective.temperature
     assert not isinstance(temperature, Schedule)
@@ -177,7 +195,32 @@ def dense_loss(
     if tail is not None:
         rest = (log_q.exp() * ~kept).sum(-1)
         kl = kl + torch.xlogy(tail, tail) - tail * rest.log()
-    return [alpha * ce + (1 - alpha) * temperature**2 * kl.mean(), ce, kl.mean()]
+    return [alpha * ce + (1 - alpha) * temperature**2 * kl.mean() + inner, ce, kl.mean(), inner]
+
+
+def stored_features(bench: Bench, job: TrainingJob, rows: list[tuple[int, int]]) -> torch.Tensor:
+    """[rows, seq, teacher's width], fp16 as they were stored."""
+    assert job.soft is not None
+    log, found = LabelLog(bench.store, job.soft.log_key), []
+    for shard, row in rows:
+        tokens = read_tokens(bench.store, "data/x/train", bench.manifest.train[shard])
+        record = log.committed(shard)
+        assert record is not None
+        raw = log.read(shard, record, tokens)[KEPT.name][row]
+        found.append(np.frombuffer(raw, dtype="<f2").reshape(SEQ, TEACHER_WIDTH).astype(np.float64))
+    return torch.from_numpy(np.stack(found))
+
+
+def relation_kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """MiniLMv2's loss, position by position: what each gives to those up to itself, in every relation head."""
+    total = torch.zeros((), dtype=torch.float64)
+    for t, s in zip(teacher, student, strict=True):
+        for h in range(RELATION_HEADS):
+            a, b = (x.chunk(RELATION_HEADS, -1)[h] for x in (t, s))
+            for i in range(SEQ):
+                p, q = ((x[: i + 1] @ x[i] / math.sqrt(x.shape[1])).softmax(0) for x in (a, b))
+                total = total + (p * (p / q).log()).sum()
+    return total / (len(teacher) * RELATION_HEADS * SEQ)
 
 
 def dense_targets(
@@ -185,14 +228,14 @@ def dense_targets(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Probabilities [rows, seq, vocab], which ids the teacher named [rows, seq, vocab], mass of the others [rows, seq]."""
     assert job.soft is not None
-    log, kind = LabelLog(bench.store, job.soft.log_key), label_kind(job.soft.labels, Frame(VOCAB, SEQ))
+    log, codec = LabelLog(bench.store, job.soft.log_key), Codec(job.soft.labels, Frame(VOCAB, SEQ))
     parts = []
     for shard, row in rows:
         tokens = read_tokens(bench.store, "data/x/train", bench.manifest.train[shard])
         record = log.committed(shard)
         assert record is not None
-        arrays = {name: values[row : row + 1] for name, values in kind.unpack(log.read(shard, record, tokens)).items()}
-        decoded = kind.targets(arrays, job.soft.objective.temperature)  # type: ignore[arg-type]
+        arrays = {name: values[row : row + 1] for name, values in codec.unpack(log.read(shard, record, tokens)).items()}
+        decoded = codec.targets(arrays, job.soft.objective.temperature)  # type: ignore[arg-type]
         if isinstance(decoded, Dense):
             parts.append((decoded.logits[0].double().softmax(-1), torch.ones(SEQ, VOCAB, dtype=torch.bool), None))
             continue
@@ -212,7 +255,7 @@ def rate(train: Train, step: int) -> float:
 
 
 def reference(bench: Bench, job: TrainingJob) -> tuple[list[list[float]], Weights]:
-    """(loss, CE, KL, no features' loss) of every step and the final weights."""
+    """(loss, CE, KL, features' loss) of every step and the final weights."""
     train, model = job.train, build_model(job.model, VOCAB, SEED, "student").double()
     order = TrainingOrder(SHARD_ROWS, SEED, ROWS)
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
@@ -223,7 +266,7 @@ def reference(bench: Bench, job: TrainingJob) -> tuple[list[list[float]], Weight
         model.zero_grad()
         terms = dense_loss(bench, job, model, order.batch(step), step, share)
         terms[0].backward()
-        losses.append([*(float(term.detach()) for term in terms), 0.0])
+        losses.append([float(term.detach()) for term in terms])
         if step > 0:
             fall = (losses[-2][2] - losses[-1][2]) / losses[-2][2] if losses[-2][2] else 0.0
             mean = taid.momentum * mean + (1 - taid.momentum) * fall
