@@ -46,5 +46,5 @@ class Codec:
         return self._kind.targets(arrays, temperature)
 
     def features(self, arrays: Arrays) -> dict[str, torch.Tensor]:
-        """The features by name, [rows, seq, width], fp32."""
+        """The features by name, [rows, seq, width]."""
         return {name: vectors.tensor(arrays) for name, vectors in self._features.items()}

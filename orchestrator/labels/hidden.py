@@ -31,6 +31,6 @@ class HiddenKind:
         return self._states.unpack(columns)
 
     def targets(self, arrays: Arrays, temperature: float) -> Hidden:
-        """States [rows, seq, width], fp32, with the teacher's head."""
+        """States [rows, seq, width] with the teacher's head."""
         assert self._head is not None
         return Hidden(self._states.tensor(arrays), self._head)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from orchestrator.errors import DataError
@@ -52,8 +51,8 @@ class Vectors:
         }
 
     def tensor(self, arrays: Arrays) -> torch.Tensor:
-        """The vectors [rows, seq, width], fp32."""
-        values = torch.from_numpy(arrays[self._name].astype(np.float32))
+        """The vectors [rows, seq, width]: fp16 where they are stored so, as several steps of them wait in memory; else fp32."""
+        values = torch.from_numpy(arrays[self._name])
         if self._codec == "pca":
-            return self._frame.basis(self._name).restore(values)
+            return self._frame.basis(self._name).restore(values.float())
         return values * torch.from_numpy(arrays[self._scale])[..., None] if self._codec == "int8" else values

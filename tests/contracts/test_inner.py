@@ -83,7 +83,7 @@ def test_a_teacher_answers_with_its_features(seed: int, tmp_path: Path) -> None:
     back = codec.features(arrays)
     assert back.keys() == set(kept_features(labels))
     for name, states in back.items():
-        assert torch.allclose(states, answer.features[name], rtol=1e-3, atol=1e-3), name
+        assert torch.allclose(states.float(), answer.features[name], rtol=1e-3, atol=1e-3), name
     with pytest.raises(SpecError, match=r"labels\.features: hidden\.5 asked for, but Qwen3ForCausalLM has 4 layers"):
         TransformersBackend(tmp_path, "fp32", ("hidden.5",))
 
@@ -93,7 +93,7 @@ def test_vectors_survive_storage(seed: int, codec: Any, bound: float) -> None:
     states = torch.randn(3, SEQ, 40, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-3, 3, SEQ)[:, None]
     vectors = Vectors("x", spec.Vectors(codec=codec), Frame(VOCAB, SEQ))
     arrays = vectors.extract(states)
-    back = vectors.tensor(vectors.unpack(vectors.pack(arrays)))
+    back = vectors.tensor(vectors.unpack(vectors.pack(arrays))).float()
     assert ((back - states).abs() <= bound * states.abs().amax(-1, keepdim=True) + 1e-7).all()
     assert not torch.equal(back, states)
     for bad in (float("nan"), float("inf"), 1e5 if codec == "fp16" else float("-inf")):
