@@ -28,7 +28,7 @@ DISTILL = ("-m", "orchestrator.cli")
 """`distill` for the same Python that runs the tests."""
 LABELLER, TRAINER = "MapBatches(Labeller)", "RayTrainWorker"
 """In the title of a teacher actor's process, and of a training worker's."""
-PATIENCE_S = 300.0
+PATIENCE_S = 900.0
 """Far more than anything takes: a busy machine must not fail a test."""
 CORPUS_BYTES, DOCUMENT_CHARS = 120_000, 1_500
 STEPS = 300
