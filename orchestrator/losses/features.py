@@ -59,7 +59,7 @@ class Projector(nn.Module):
 
     For a loss in the teacher's width: source student, target teacher. Equal widths start at the identity. Others start
     random with orthonormal rows (target < source: a projection) or orthonormal columns (target > source: keeps lengths and
-    angles), uniformly distributed: the Q of a Gaussian matrix's QR with positive diagonal of R. The weight is fp32.
+    angles), uniformly distributed: the Q of a Gaussian matrix's QR with positive diagonal of R. Made in fp32.
     """
 
     def __init__(self, source: int, target: int, seed: int) -> None:
