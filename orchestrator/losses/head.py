@@ -23,6 +23,8 @@ Tensor = torch.Tensor
 VOCAB_BLOCK = 1024
 """Ids whose part of the weight's gradient is made at a time where the GEMM does not run in fp32 itself; stays in cache."""
 
+NARROWED_AT_A_TIME = 1 << 20
+
 Score = Callable[[Tensor, slice], Tensor]
 """(logits [c, vocab] fp32, which positions they are) to the terms' sums [t], the loss first; overwrites the logits with the
 gradient of the loss."""
@@ -118,7 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
         assert sums is not None
         ctx.gradients = (
             by_hidden,
-            None if by_weight is None else by_weight.to(weight.dtype),
+            None if by_weight is None else _narrowed(by_weight, weight.dtype),
             None if by_bias is None or bias is None else by_bias.to(bias.dtype),
         )
         return sums
@@ -144,6 +146,18 @@ def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
             block = total[start : start + VOCAB_BLOCK]
             torch.mm(gradient[:, start : start + VOCAB_BLOCK].T, hidden, out=product[: len(block)])
             block += wide[: len(block)].copy_(product[: len(block)])
+
+
+def _narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """`wide` in `dtype`, written over itself: beside a large weight's gradient there is no room for a copy."""
+    if wide.dtype == dtype:
+        return wide
+    flat = wide.view(-1)
+    narrow = flat.view(dtype)[: len(flat)]
+    for start in range(0, len(flat), NARROWED_AT_A_TIME):
+        block = slice(start, start + NARROWED_AT_A_TIME)
+        narrow[block] = flat[block].to(dtype)
+    return narrow.view(wide.shape)
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

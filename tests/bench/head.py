@@ -43,8 +43,7 @@ Tensor = torch.Tensor
 Loss = Callable[["Case"], Tensor]
 
 HERE = Path(__file__).parent
-TOKENS = {32768: 1024, 262144: 256}
-"""By vocabulary; fewer where full logits and Liger's one chunk would take ten GB and minutes a call."""
+TOKENS, VOCABS = 1024, (32768, 262144)
 WIDTH, TEACHER_WIDTH = 640, 1024
 SAMPLES = 50
 ALPHA = 0.5
@@ -230,7 +229,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     for vocab in args.vocabs:
         for dtype in args.dtypes:
             for loss in args.losses:
-                load, tokens = os.getloadavg()[0], args.tokens or TOKENS[vocab]
+                load, tokens = os.getloadavg()[0], args.tokens
                 runs = {n: fresh("measure", n, loss, tokens, vocab, dtype, args.repeat) for n in variants(loss)}
                 case = {"vocab": vocab, "tokens": tokens, "dtype": dtype, "loss": loss, "load": load}
                 result["cases"].append({**case, "ratios": compared(runs), "runs": runs})
@@ -241,8 +240,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--tokens", type=int, help=f"default: by vocabulary, {TOKENS}")
-    parser.add_argument("--vocabs", type=int, nargs="+", choices=TOKENS, default=list(TOKENS))
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--vocabs", type=int, nargs="+", default=VOCABS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--losses", nargs="+", choices=[*BETA, "sampled"], default=[*BETA, "sampled"])
     parser.add_argument("--repeat", type=int, default=3)
