@@ -53,13 +53,27 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False, dry_
 
 
 @app.command()
-def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    job: JobFile,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    cluster: Annotated[str | None, typer.Option(help="What it would take there: 128xH100, or 16x8xH100 by nodes.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of one device for an hour, with --cluster.")] = None,
+    tflops: Annotated[
+        tuple[float, float] | None, typer.Option(help="Measured TFLOP/s of a device: training the student, labelling.")
+    ] = None,
+) -> None:
     """Show what a job will do: stages, batch algebra, memory, label bytes, DeepSpeed configuration."""
     from orchestrator.plan.explain import as_dict, explain
     from orchestrator.plan.make import make_plan
     from orchestrator.spec.load import load_job
 
     made = make_plan(load_job(job, overrides or []))
+    if cluster is not None:
+        from orchestrator.plan.capacity import capacity
+
+        print("\n".join(capacity(made, cluster, price, tflops)))
+        return
     print(json.dumps(as_dict(made), indent=1) if as_json else explain(made))
 
 

@@ -83,7 +83,7 @@ def export(run: Run, student: ModelFolder, report: dict[str, Any]) -> Path:
     asked = run.job.export.directory
     target = Path(asked).expanduser().absolute() if asked else run.folder / "export"
     with run.stage("export", student.manifest.content):
-        return export_model(student.path, target, report)
+        return export_model(student.path, target, report, run.job.export.mtp == "keep")
 
 
 def write_report(run: Run, report: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ def run(plan: Plan, display: Display | None = None) -> dict[str, Any]:
         teacher = steps.fetch_teacher(run)
         tokens = steps.tokenize(run, teacher)
         teacher = teacher or steps.pretrain_teacher(run, tokens)
-        labelling = steps.open_labels(run, tokens, teacher)
+        start = steps.prepare_student(run, tokens, teacher)
+        labelling = steps.open_labels(run, tokens, teacher, start)
         with steps.side_by_side(run) as work:
             labels = work.start(steps.label, run, tokens, teacher, labelling)
             student = work.start(steps.train_student, run, tokens, labelling)

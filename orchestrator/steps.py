@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Thread
 from typing import Any
 
@@ -17,10 +17,10 @@ from orchestrator.plan.make import vocabulary
 from orchestrator.run import Run
 from orchestrator.runtime.session import check_resources
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import PretrainTeacher
+from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher
 from orchestrator.store.label_log import LabelLog, Ledger, Seal
 from orchestrator.store.records import ModelFolder, TokenManifest, finished_model
-from orchestrator.student.job import Soft, TrainingJob
+from orchestrator.student.job import Ahead, Initial, Soft, TrainingJob
 from orchestrator.tracking import names
 
 ABORT_GRACE_S = 30.0
@@ -67,7 +67,8 @@ def check_models(job: Job) -> None:
     from orchestrator.models.build import model_config
 
     ids = vocabulary(job) or UNKNOWN_VOCABULARY
-    model_config(job.student.model, ids, "student")
+    if isinstance(job.student, ConfigStudent):
+        model_config(job.student.model, ids, "student")
     if isinstance(job.teacher, PretrainTeacher):
         model_config(job.teacher.model, ids, "teacher")
 
@@ -122,12 +123,29 @@ def pretrain_teacher(run: Run, tokens: Tokens) -> ModelFolder:
     return _train(run, tokens, job)
 
 
-def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder) -> Labelling:
+def prepare_student(run: Run, tokens: Tokens, teacher: ModelFolder) -> Model | Initial:
+    """What the student starts from: a configuration, or weights that are brought or made from the teacher's here."""
+    student, vocab = run.job.student, teacher.manifest.vocab_size
+    if isinstance(student, ConfigStudent):
+        asked = student.model.config.get("vocab_size", vocab)
+        if asked != vocab:
+            raise SpecError(f"student.model.config.vocab_size: {asked}, but the teacher's vocabulary has {vocab} ids")
+        return student.model
+    from orchestrator.student.initial import Origin, finished_initial, make_initial
+
+    origin = Origin(run.store, student, teacher, run.job.seed, f"{tokens.folder}/train", tokens.manifest)
+    with run.stage("initial", origin.key, {"student": student}) as stage:
+        initial = finished_initial(origin)
+        if initial is None:
+            initial = make_initial(origin)
+        else:
+            stage.reuse()
+    return initial
+
+
+def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | Initial) -> Labelling:
     """The log that holds exactly this teacher's labels of these tokens, and the demand of this student on it."""
     job, vocab = run.job, teacher.manifest.vocab_size
-    asked = job.student.model.config.get("vocab_size", vocab)
-    if asked != vocab:
-        raise SpecError(f"student.model.config.vocab_size: {asked}, but the teacher's vocabulary has {vocab} ids")
     labels = job.labels.model_dump(mode="json", exclude={"run_ahead"})
     teacher_identity = {"content": teacher.manifest.content, "dtype": job.teacher.dtype}
     shape = {"seq_len": tokens.manifest.seq_len, "vocab_size": vocab}
@@ -135,13 +153,14 @@ def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder) -> Labelling:
     log = LabelLog.open(run.store, identity)
     student = TrainingJob(
         "student",
-        job.student.model,
+        start,
         vocab,
         job.train,
         job.seed,
         tokens.folder,
         tokens.manifest,
         Soft(log.key, job.labels, job.objective, teacher.path, job.teacher.dtype),
+        Ahead(job.student.mtp_depth, job.student.mtp_weight) if job.student.mtp_depth else Ahead(),
     )
     return Labelling(log, student, student.demanded_shards())
 
@@ -220,9 +239,7 @@ def train_baseline(run: Run, tokens: Tokens, labelling: Labelling) -> ModelFolde
     """Train the same student, from the same weights on the same rows, on hard labels alone."""
     if not run.job.evaluate.baseline:
         return None
-    s = labelling.student
-    job = TrainingJob("baseline", s.model, s.vocab_size, s.train, s.seed, s.data_folder, s.manifest, soft=None)
-    return _train(run, tokens, job)
+    return _train(run, tokens, replace(labelling.student, stage="baseline", soft=None))
 
 
 def _train(run: Run, tokens: Tokens, job: TrainingJob) -> ModelFolder:

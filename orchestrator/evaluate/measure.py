@@ -14,8 +14,11 @@ import torch
 from transformers import PreTrainedModel
 
 from orchestrator.errors import DataError
+from orchestrator.evaluate.speculate import Acceptance, acceptance
 from orchestrator.models.build import device, load_model
 from orchestrator.models.head import last_hidden, output_head
+from orchestrator.models.mtp import load_mtp
+from orchestrator.models.router import active_parameters
 from orchestrator.plan.memory import head_rows
 from orchestrator.runtime.environment import limit_threads
 from orchestrator.store.files import Store
@@ -30,7 +33,8 @@ class Subject:
     """A model to measure."""
 
     folder: Path
-    dtype: Literal["bf16", "fp32"]
+    dtype: Literal["bf16", "fp32", "fp8"]
+    """What it was trained in; fp8 is measured as the bf16 that it is saved in."""
 
     @property
     def size_bytes(self) -> int:
@@ -101,7 +105,10 @@ def _measure_task(
         model(input_ids=windows[:1, :-1], use_cache=False)
     for part in windows.split(micro_batch):
         _measure_part(models, sums, part)
-    return {name: _figures(name, sums[name], models[name], subjects[name]) for name in subjects}
+    figures = {name: _figures(name, sums[name], models[name], subjects[name]) for name in subjects}
+    for name, model in models.items():
+        figures[name] |= _ahead(model, subjects[name].folder, windows, micro_batch)
+    return figures
 
 
 @torch.inference_mode()
@@ -139,7 +146,7 @@ def _accumulate(sums: _Sums, log_probs: torch.Tensor, teacher: torch.Tensor, tar
         sums.bins[row].index_add_(0, bin_of, values)
 
 
-def _figures(name: str, sums: _Sums, model: torch.nn.Module, subject: Subject) -> dict[str, float]:
+def _figures(name: str, sums: _Sums, model: PreTrainedModel, subject: Subject) -> dict[str, float]:
     ce = sums.ce / sums.positions
     if not math.isfinite(ce):
         raise DataError(f"{name}: the held-out cross entropy is not finite")
@@ -147,7 +154,7 @@ def _figures(name: str, sums: _Sums, model: torch.nn.Module, subject: Subject) -
     params = sum(p.numel() for p in model.parameters())
     figures: dict[str, float] = {
         "params": params,
-        "active_params": params,
+        "active_params": active_parameters(model),
         "heldout_ce_nats": ce,
         "heldout_ppl": math.exp(ce),
         "top1_accuracy": sums.correct / sums.positions,
@@ -158,6 +165,18 @@ def _figures(name: str, sums: _Sums, model: torch.nn.Module, subject: Subject) -
     if name != "teacher":
         figures |= {"kl_to_teacher_nats": sums.kl / sums.positions, "top1_agreement": sums.agree / sums.positions}
     return figures
+
+
+def _ahead(model: PreTrainedModel, folder: Path, windows: torch.Tensor, micro_batch: int) -> dict[str, float]:
+    """What the multi-token-prediction modules of `model`, if it has any, would save as its draft model."""
+    mtp = load_mtp(model, folder)
+    if mtp is None:
+        return {}
+    measured = [acceptance(model, mtp, part) for part in windows.split(micro_batch)]
+    positions = sum(m.positions for m in measured)
+    rates = [sum(m.positions * m.rates[k] for m in measured) / positions for k in range(mtp.depth)]
+    named = {f"mtp_acceptance_{k}": rate for k, rate in enumerate(rates, 1)}
+    return named | {"mtp_tokens_per_forward": Acceptance(positions, tuple(rates)).tokens_per_forward}
 
 
 def gap_recovered(figures: dict[str, dict[str, float]]) -> float | None:

@@ -9,9 +9,13 @@ from typing import Any
 
 from orchestrator.errors import EnvironmentFault
 
+MTP_FILES = "mtp.*"
 
-def export_model(model: Path, target: Path, report: dict[str, Any]) -> Path:
+
+def export_model(model: Path, target: Path, report: dict[str, Any], keep_mtp: bool) -> Path:
     """Copy the model folder to `target` with a card made of `report`; replaces an earlier export only when complete.
+
+    `keep_mtp` keeps multi-token-prediction modules, if there are any, beside the model.
 
     Raises `EnvironmentFault` if `target` cannot be written or holds something that is no model.
     """
@@ -20,7 +24,7 @@ def export_model(model: Path, target: Path, report: dict[str, Any]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.parent / f".tmp-{uuid.uuid4().hex[:12]}"
-        shutil.copytree(model, partial)
+        shutil.copytree(model, partial, ignore=None if keep_mtp else shutil.ignore_patterns(MTP_FILES))
         (partial / "README.md").write_text(model_card(report))
         if target.exists():
             shutil.rmtree(target)

@@ -12,7 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from orchestrator.errors import SpecError
 from orchestrator.spec.model import Model
 
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
+
+READ_UNDECLARED = {"head_dim"}
+"""Values that modelling files read of any configuration, though not every configuration class declares them."""
 
 
 def model_config(model: Model, vocab_size: int, section: str) -> PreTrainedConfig:
@@ -22,9 +25,10 @@ def model_config(model: Model, vocab_size: int, section: str) -> PreTrainedConfi
     vocabulary other than `vocab_size`, and whatever the configuration class itself refuses.
     """
     try:
-        known = set(AutoConfig.for_model(model.type).to_dict())
+        default = AutoConfig.for_model(model.type)
     except (ValueError, KeyError) as error:
         raise SpecError(f"{section}.model.type: transformers knows no {model.type!r}") from error
+    known = {*default.to_dict(), *default.attribute_map, *READ_UNDECLARED}
     for key in model.config:
         if key not in known:
             raise SpecError(f"{section}.model.config.{key}: not a configuration value of {model.type!r}")
@@ -47,7 +51,7 @@ def build_model(model: Model, vocab_size: int, seed: int, section: str) -> PreTr
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
-def load_model(folder: Path, dtype: Literal["bf16", "fp32"], on: torch.device) -> PreTrainedModel:
+def load_model(folder: Path, dtype: Literal["bf16", "fp32", "fp8"], on: torch.device) -> PreTrainedModel:
     """The causal LM in `folder`, from safetensors only, ready for inference."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, local_files_only=True

@@ -46,7 +46,7 @@ def captured(model: PreTrainedModel, names: Iterable[str], section: str) -> Iter
 
 def layer_count(model: PreTrainedModel) -> int:
     """Blocks of `model`."""
-    return len(_blocks(model))
+    return len(blocks(model))
 
 
 def feature_widths(model: PreTrainedModel, names: Iterable[str], section: str) -> dict[str, int]:
@@ -56,19 +56,20 @@ def feature_widths(model: PreTrainedModel, names: Iterable[str], section: str) -
     return {name: getattr(module, "out_features", config.hidden_size) for name, module in modules.items()}
 
 
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
-    blocks: Any = getattr(model.base_model, "layers", None)
-    if not isinstance(blocks, nn.ModuleList):
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks of `model`; raises `SpecError` where they cannot be told apart."""
+    layers: Any = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
         raise SpecError(f"{type(model).__name__} is no decoder whose blocks can be told apart")
-    return blocks
+    return layers
 
 
 def _module_of(model: PreTrainedModel, name: str, section: str) -> nn.Module:
     part, _, number = name.partition(".")
-    blocks = _blocks(model)
-    if int(number) > len(blocks):
-        raise SpecError(f"{section}: {name} asked for, but {type(model).__name__} has {len(blocks)} layers")
+    layers = blocks(model)
+    if int(number) > len(layers):
+        raise SpecError(f"{section}: {name} asked for, but {type(model).__name__} has {len(layers)} layers")
     try:
-        return PARTS[part](blocks[int(number) - 1])
+        return PARTS[part](layers[int(number) - 1])
     except AttributeError as error:
         raise SpecError(f"{section}: {name} asked for, but layer {number} of {type(model).__name__} has no {part}") from error

@@ -1,4 +1,4 @@
-"""The batch algebra: global batch = workers x accumulation x micro-batch, in rows."""
+"""The batch algebra: global batch = data-parallel ranks x accumulation x micro-batch, in rows."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from orchestrator.spec.train import Train
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows per optimizer step, split over workers and forward passes."""
+    """Rows per optimizer step, split over data-parallel ranks and forward passes."""
 
     global_rows: int
-    workers: int
+    ranks: int
     micro_rows: int
     accumulation: int
 
     @classmethod
     def of(cls, train: Train) -> Batch:
-        rows = train.global_batch // train.workers
+        rows = train.global_batch // train.data_parallel
         micro = min(train.micro_batch, rows)
-        return cls(train.global_batch, train.workers, micro, rows // micro)
+        return cls(train.global_batch, train.data_parallel, micro, rows // micro)

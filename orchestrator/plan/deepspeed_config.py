@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.plan.batch import Batch
-from orchestrator.spec.train import Train
+from orchestrator.spec.train import Expert, Train, Zero
 
 
 def deepspeed_config(train: Train) -> dict[str, Any]:
@@ -28,10 +28,26 @@ def deepspeed_config(train: Train) -> dict[str, Any]:
                 "torch_adam": True,
             },
         },
-        "zero_optimization": {"stage": train.parallel.stage},
+        "zero_optimization": _zero(train),
         "steps_per_print": 10**9,
     }
-    if train.precision == "bf16":
+    if isinstance(train.parallel, Zero) and train.parallel.offload == "cpu":
+        config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own is compiled at first use
+    if isinstance(train.parallel, Expert):
+        # The pattern is that of a `Distiller`: AutoEP looks for a model type's own pattern in what it is given.
+        experts = {"autoep_size": train.parallel.size, "moe_layer_pattern": r"model\.model\.layers\.\d+\.mlp"}
+        config["expert_parallel"] = {"enabled": True, **experts}
+    if train.precision != "fp32":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def _zero(train: Train) -> dict[str, Any]:
+    parallel = train.parallel
+    zero: dict[str, Any] = {"stage": parallel.stage}
+    if isinstance(parallel, Zero) and parallel.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if parallel.stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return zero

@@ -40,14 +40,20 @@ def explain(plan: Plan) -> str:
 
 def _training_lines(training: Training) -> list[str]:
     b = training.batch
-    algebra = f"  batch     {b.global_rows} rows = {b.workers} workers x {b.accumulation} accumulation x {b.micro_rows} rows"
+    factors = f"{b.ranks} data-parallel ranks x {b.accumulation} accumulation x {b.micro_rows} rows"
+    algebra = f"  batch     {b.global_rows} rows = {factors}"
     if training.memory is None:
         return ["  params    known once the teacher's vocabulary is", algebra]
     m = training.memory
-    parts = [("weights", m.weights), ("gradients", m.gradients), ("optimizer", m.optimizer), ("head", m.head)]
-    listed = " + ".join(f"{name} {value / 2**20:.0f}" for name, value in parts)
-    return [
-        f"  params    {training.params:,}",
-        algebra,
-        f"  memory    {m.total / 2**20:,.0f} MiB a worker: {listed} (without activations)",
-    ]
+    parts = {
+        "weights": m.weights,
+        "gradients": m.gradients,
+        "optimizer": m.optimizer,
+        "activations": m.activations,
+        "head": m.head,
+        "buffers": m.buffers,
+        "process": m.process,
+    }
+    listed = " + ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts.items() if value >= 2**19)
+    active = f", {training.active_params:,} active" if training.active_params != training.params else ""
+    return [f"  params    {training.params:,}{active}", algebra, f"  memory    {m.total / 2**20:,.0f} MiB a worker: {listed}"]

@@ -10,10 +10,13 @@ from typing import Any
 from orchestrator.errors import SpecError
 from orchestrator.plan.batch import Batch
 from orchestrator.plan.deepspeed_config import deepspeed_config
-from orchestrator.plan.memory import WorkerMemory, label_bytes_per_token, parameter_count, worker_memory
+from orchestrator.plan.footprint import Footprint, Rows, footprint
+from orchestrator.plan.layout import layout_of
+from orchestrator.plan.memory import label_bytes_per_token
+from orchestrator.plan.sizes import Decoder, decoder
 from orchestrator.spec.data import TrainTokenizer
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import Model, PretrainTeacher
+from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher
 from orchestrator.spec.train import Train
 
 UNKNOWN_VOCABULARY = 1 << 17
@@ -28,7 +31,10 @@ class Training:
     params: int | None
     """None if it depends on what is not known before the run."""
     batch: Batch
-    memory: WorkerMemory | None
+    active_params: int | None
+    """Of them, those that one token meets."""
+    memory: Footprint | None
+    """Of the worker that needs most."""
     deepspeed: dict[str, Any]
 
 
@@ -75,7 +81,7 @@ def make_plan(job: Job) -> Plan:
     return Plan(
         job=job,
         stages=stages,
-        student=_training(job.student.model, job.train, job.data.seq_len, vocab),
+        student=_training(student_model(job), job.train, job.data.seq_len, vocab),
         teacher=_training(job.teacher.model, job.teacher.train, job.data.seq_len, vocab)
         if isinstance(job.teacher, PretrainTeacher)
         else None,
@@ -89,8 +95,14 @@ def vocabulary(job: Job) -> int | None:
     """Ids in the vocabulary; None if only the teacher's folder knows."""
     if isinstance(job.data.tokenizer, TrainTokenizer):
         return job.data.tokenizer.vocab_size
-    asked = job.student.model.config.get("vocab_size")
+    model = student_model(job)
+    asked = model.config.get("vocab_size") if model else None
     return asked if isinstance(asked, int) else None
+
+
+def student_model(job: Job) -> Model | None:
+    """The student's configuration; None if a checkpoint holds it."""
+    return job.student.model if isinstance(job.student, ConfigStudent) else None
 
 
 def _teacher_width(job: Job) -> int:
@@ -99,11 +111,19 @@ def _teacher_width(job: Job) -> int:
     return asked if isinstance(asked, int) else UNKNOWN_WIDTH
 
 
-def _training(model: Model, train: Train, seq_len: int, vocab: int | None) -> Training:
-    params = parameter_count(model, vocab) if vocab else None
-    width = model.config.get("hidden_size")
-    memory = worker_memory(params, train, seq_len, vocab, width) if params and vocab and isinstance(width, int) else None
-    return Training(params, Batch.of(train), memory, deepspeed_config(train))
+def decoder_of(model: Model | None, vocab: int | None) -> Decoder | None:
+    """The shape of `model`; None where the job file does not hold all of it, or its type is not known to the planner."""
+    return decoder(model.type, model.config, vocab) if model and vocab else None
+
+
+def _training(model: Model | None, train: Train, seq_len: int, vocab: int | None) -> Training:
+    shape = decoder_of(model, vocab)
+    batch = Batch.of(train)
+    if shape is None:
+        return Training(None, batch, None, None, deepspeed_config(train))
+    rows = Rows(batch.micro_rows, batch.accumulation, seq_len)
+    memory = footprint(shape, layout_of(train), rows, on_gpu=train.gpus_per_worker > 0)
+    return Training(shape.total, batch, shape.active, memory, deepspeed_config(train))
 
 
 def _stages(job: Job) -> tuple[Stage, ...]:
@@ -122,6 +142,8 @@ def _stages(job: Job) -> tuple[Stage, ...]:
     else:
         stages.insert(0, Stage("teacher", f"fetch and hash ({teacher.kind})", 0, 0))
     replicas = teacher.replicas.min
+    if not isinstance(job.student, ConfigStudent):
+        stages.append(Stage("initial", f"first weights of the student ({job.student.kind})", 1, 0))
     stages += [
         Stage(
             "labels",

@@ -7,6 +7,9 @@ import math
 from orchestrator.spec.objective import Schedule
 from orchestrator.spec.train import Train
 
+WSD_DECAY = 0.2
+"""Share of the steps after warm-up in which warmup-stable-decay decays (Hu et al. 2024, MiniCPM: 0.1 to 0.2)."""
+
 
 def learning_rate(train: Train, step: int) -> float:
     """Learning rate of optimizer step `step` (0-based): linear warm-up, then the schedule down to the final share."""
@@ -15,7 +18,11 @@ def learning_rate(train: Train, step: int) -> float:
     if train.schedule == "constant":
         return train.learning_rate
     done = (step - train.warmup_steps) / max(1, train.steps - 1 - train.warmup_steps)
-    falling = 1 - done if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    falling = {
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "wsd": min(1.0, (1 - done) / WSD_DECAY),
+    }[train.schedule]
     return train.learning_rate * (train.final_lr_fraction + (1 - train.final_lr_fraction) * falling)
 
 

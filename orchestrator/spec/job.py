@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,7 @@ from orchestrator.spec.data import Data, TeacherTokenizer
 from orchestrator.spec.labels import Labels, SampledLabels
 from orchestrator.spec.model import ConfigStudent, PretrainTeacher, Student, Teacher
 from orchestrator.spec.objective import Objective, unserved
-from orchestrator.spec.train import Train
+from orchestrator.spec.train import Pipeline, Train
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
@@ -27,6 +27,8 @@ class Evaluate(Spec):
 class Export(Spec):
     directory: str | None = None
     """Where the Hugging Face folder goes; null: `export` in the run directory."""
+    mtp: Literal["keep", "drop"] = "keep"
+    """Multi-token-prediction modules, in files of their own beside the model."""
 
 
 class Tracking(Spec):
@@ -66,6 +68,19 @@ class Job(Spec):
         reason = unserved(self.labels, self.objective)
         if reason is not None:
             raise ValueError(reason)
+        return self
+
+    @model_validator(mode="after")
+    def _strategy_serves_student(self) -> Job:
+        if isinstance(self.train.parallel, Pipeline):
+            for asked, what in (
+                (self.student.mtp_depth > 0, "student.mtp_depth needs the embedding where the loss is"),
+                (bool(self.objective.features), "objective.features needs every layer where the loss is"),
+            ):
+                if asked:
+                    raise ValueError(f"{what}; train.parallel.kind pipeline spreads them: use zero (stage 3 for large models)")
+        if self.student.mtp_depth >= self.data.seq_len:
+            raise ValueError(f"student.mtp_depth {self.student.mtp_depth} is not below data.seq_len {self.data.seq_len}")
         return self
 
     @model_validator(mode="after")

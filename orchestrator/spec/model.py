@@ -86,7 +86,14 @@ class GgufTeacher(TeacherBase):
 Teacher = Annotated[PretrainTeacher | TransformersTeacher | GgufTeacher, Field(discriminator="kind")]
 
 
-class ConfigStudent(Spec):
+class StudentBase(Spec):
+    mtp_depth: int = Field(default=0, ge=0, le=4)
+    """Multi-token-prediction modules (DeepSeek-V3), each predicting one token further ahead."""
+    mtp_weight: float = Field(default=0.3, gt=0)
+    """Of the mean of their losses."""
+
+
+class ConfigStudent(StudentBase):
     """A student built from scratch from a configuration."""
 
     kind: Literal["config"] = "config"
@@ -102,4 +109,50 @@ class ConfigStudent(Spec):
     )
 
 
-Student = ConfigStudent
+class CheckpointStudent(StudentBase):
+    """A student that has been trained before: a local folder or a hub name."""
+
+    kind: Literal["checkpoint"]
+    path: str
+    revision: str | None = None
+
+
+class PrunedStudent(StudentBase):
+    """What is most important of the teacher, by its activations (Minitron). Sizes left out are kept."""
+
+    kind: Literal["pruned"]
+    layers: int | None = Field(default=None, ge=1)
+    hidden_size: int | None = Field(default=None, ge=1)
+    intermediate_size: int | None = Field(default=None, ge=1)
+    """Channels of every feed-forward network."""
+    kv_heads: int | None = Field(default=None, ge=1)
+    """Key and value heads, each with its query heads."""
+    calibration_rows: int = Field(default=64, ge=1)
+    """Training windows on which importance is measured."""
+
+    @model_validator(mode="after")
+    def _something(self) -> PrunedStudent:
+        if {self.layers, self.hidden_size, self.intermediate_size, self.kv_heads} == {None}:
+            raise ValueError("nothing is pruned: give layers, hidden_size, intermediate_size or kv_heads")
+        return self
+
+
+class UpcycledStudent(StudentBase):
+    """A mixture of experts made from a dense checkpoint: each expert a copy of its feed-forward network, the router new."""
+
+    kind: Literal["upcycled"]
+    path: str
+    revision: str | None = None
+    experts: int = Field(default=8, ge=2)
+    experts_per_token: int = Field(default=2, ge=1)
+    noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of what is added to the copies' weights, relative to theirs; 0 leaves the function unchanged."""
+
+    @model_validator(mode="after")
+    def _few_of_many(self) -> UpcycledStudent:
+        if self.experts_per_token > self.experts:
+            raise ValueError(f"experts_per_token {self.experts_per_token} is above experts {self.experts}")
+        return self
+
+
+Student = Annotated[ConfigStudent | CheckpointStudent | PrunedStudent | UpcycledStudent, Field(discriminator="kind")]

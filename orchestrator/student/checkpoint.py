@@ -3,7 +3,8 @@
     <stage folder>/checkpoints/step-000050/engine/...   what DeepSpeed writes, every rank its part
                                            manifest.json   sizes and hashes, written before the folder gets its name
 
-The newest one that is intact is the one to resume from; a damaged one is passed over with a warning.
+The newest one that is intact is the one to resume from; a damaged one is passed over with a warning. As many ranks as wrote
+it load it as it is, bit for bit; for another number it is converted first (`student/universal.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from __future__ import annotations
 import logging
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from orchestrator.errors import EnvironmentFault, IntegrityError
 from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.store.files import Store
 from orchestrator.store.records import MANIFEST, FileRecord, Record, describe_folder
+from orchestrator.student.universal import check_elastic, drop_universal, load_universal, make_universal, universal_key
 
 KEPT = 2
 _TAG = "engine"
@@ -29,47 +34,66 @@ log = logging.getLogger(__name__)
 class CheckpointManifest(Record):
     step: int
     """Optimizer steps done."""
+    world: int
+    """Ranks that wrote it. The rest of the layout, `train.parallel`, is in the name of the stage folder."""
     files: dict[str, FileRecord]
 
 
 def save_checkpoint(engine: Any, schedule: ObjectiveSchedule, store: Store, folder: str, step: int) -> None:
     """Save the state after `step` optimizer steps; called on every rank."""
-    key = f"{folder}/checkpoints/step-{step:06d}"
-    partial = store.path(f"{folder}/checkpoints/.tmp-step-{step:06d}")
+    key = f"{folder}/checkpoints/{_name(step)}"
+    partial = store.path(f"{folder}/checkpoints/.tmp-{_name(step)}")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    try:
+    with _failed_writes(partial):
         engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False, client_state={"objective": schedule.state()})
-    except RuntimeError as error:  # torch reports a failed write as an error of its container
-        if "inline_container" in str(error):
-            raise EnvironmentFault(f"disk full or failing at {partial}: a checkpoint could not be written") from error
-        raise
     dist.barrier()
     if dist.get_rank() == 0:
-        manifest = CheckpointManifest(step=step, files=describe_folder(partial))
+        manifest = CheckpointManifest(step=step, world=dist.get_world_size(), files=describe_folder(partial))
         (partial / MANIFEST).write_text(manifest.model_dump_json())
         store.publish(partial, key)
         for old in _steps(store, folder)[:-KEPT]:
             shutil.rmtree(store.path(f"{folder}/checkpoints/{old}"))
+        drop_universal(store, f"{folder}/checkpoints")
     dist.barrier()
 
 
 def restore_checkpoint(engine: Any, schedule: ObjectiveSchedule, store: Store, folder: str) -> int:
-    """Load the newest intact checkpoint; returns the optimizer steps done, 0 without one."""
-    found: list[str | None] = [_newest_intact(store, folder) if dist.get_rank() == 0 else None]
+    """Load the newest intact checkpoint; returns the optimizer steps done, 0 without one.
+
+    Raises `SpecError` if it is of another number of ranks and the parallel strategy does not allow for that.
+    """
+    found: list[CheckpointManifest | None] = [_newest_intact(store, folder) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
+    manifest = found[0]
+    if manifest is None:
         return 0
     _allow_deepspeed_types()
-    path = store.path(f"{folder}/checkpoints/{found[0]}")
     try:
-        _, client = engine.load_checkpoint(str(path), tag=_TAG)
+        client = _load(engine, store, f"{folder}/checkpoints", manifest)
     except pickle.UnpicklingError as error:
+        path = store.path(f"{folder}/checkpoints/{_name(manifest.step)}")
         raise IntegrityError(f"checkpoint {path} holds what no checkpoint of ours holds: {error}") from error
     schedule.restore(client["objective"])
-    return int(found[0].removeprefix("step-"))
+    return manifest.step
+
+
+def _load(engine: Any, store: Store, checkpoints: str, manifest: CheckpointManifest) -> dict[str, Any]:
+    name, world = _name(manifest.step), dist.get_world_size()
+    if manifest.world != world:
+        check_elastic(engine, manifest.world)
+    # Without ZeRO every rank has the whole state, whatever their number.
+    if manifest.world == world or engine.zero_optimization_stage() == 0:
+        return engine.load_checkpoint(str(store.path(f"{checkpoints}/{name}")), tag=_TAG)[1]
+    path = store.path(universal_key(checkpoints, name))
+    if dist.get_rank() == 0:
+        log.info("converting a checkpoint of %d ranks for %d: %s", manifest.world, world, path)
+        with _failed_writes(path):
+            make_universal(store, checkpoints, name, manifest.files, _TAG)
+    dist.barrier()
+    return load_universal(engine, path, _TAG)
 
 
 def drop_checkpoints(store: Store, folder: str) -> None:
@@ -82,7 +106,11 @@ def _steps(store: Store, folder: str) -> list[str]:
     return sorted(names, key=lambda name: int(name.removeprefix("step-")))
 
 
-def _newest_intact(store: Store, folder: str) -> str | None:
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _newest_intact(store: Store, folder: str) -> CheckpointManifest | None:
     for name in reversed(_steps(store, folder)):
         key = f"{folder}/checkpoints/{name}"
         try:
@@ -91,9 +119,20 @@ def _newest_intact(store: Store, folder: str) -> str | None:
             manifest = None
         files = {n: r for n, r in describe_folder(store.path(key)).items() if n != MANIFEST}
         if manifest is not None and files == manifest.files:
-            return name
+            return manifest
         log.warning("checkpoint %s is damaged; trying the one before", store.path(key))
     return None
+
+
+@contextmanager
+def _failed_writes(path: Path) -> Iterator[None]:
+    """Turn torch's report of a failed write, an error of its container, into an `EnvironmentFault`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inline_container" in str(error):
+            raise EnvironmentFault(f"disk full or failing at {path}: a checkpoint could not be written") from error
+        raise
 
 
 def _allow_deepspeed_types() -> None:

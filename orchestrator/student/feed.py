@@ -56,21 +56,21 @@ class _Shard:
 
 
 class Feed:
-    """Micro-batches of one data-parallel rank, step by step."""
+    """Micro-batches of data-parallel `rank`, step by step; without `labels`, they are awaited but not read."""
 
     def __init__(
         self,
         store: Store,
         job: TrainingJob,
         rank: int,
-        world: int,
         aborted: Callable[[], str | None],
         reached: Callable[[int], None] = lambda _: None,
+        labels: bool = True,
     ) -> None:
         self.waited_s = 0.0
         self._store = store
         self._job = job
-        self._rank, self._world = rank, world
+        self._rank = rank
         self._aborted = aborted
         self._reached = reached
         """Told, before each step is read, how many shards of the demand training needs by then."""
@@ -78,7 +78,7 @@ class Feed:
         self._micro_rows = Batch.of(job.train).micro_rows
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._log = LabelLog(store, job.soft.log_key) if job.soft else None
-        self._codec = _codec(store, job) if job.soft else None
+        self._codec = _codec(store, job) if job.soft and labels else None
 
     def steps(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, its micro-batches) from step `first` to the end of training.
@@ -104,7 +104,7 @@ class Feed:
         try:
             for step in range(first, self._job.train.steps):
                 self._reached(self._order.shard_count_until(step + 1))  # before their labels are waited for
-                rows = self._order.share(step, self._rank, self._world)
+                rows = self._order.share(step, self._rank, self._job.train.data_parallel)
                 parts = [rows[i : i + self._micro_rows] for i in range(0, len(rows), self._micro_rows)]
                 micro = [self._gather(step, part) for part in parts]
                 while not stop.is_set():
@@ -140,7 +140,7 @@ class Feed:
         return loaded
 
     def _labels(self, shard: int, tokens: TokenShard) -> Arrays:
-        if self._log is None or self._codec is None:
+        if self._log is None:
             return {}
         checked = time.monotonic()
         while (record := self._log.committed(shard)) is None:
@@ -150,6 +150,8 @@ class Feed:
                 if reason:
                     raise ResumableError(f"training stopped waiting for label shard {shard}: {reason}")
             time.sleep(POLL_S)
+        if self._codec is None:
+            return {}
         try:
             return self._codec.unpack(self._log.read(shard, record, tokens))
         except ValueError as error:

@@ -12,11 +12,12 @@ from orchestrator.spec.labels import Labels
 from orchestrator.spec.model import Model
 from orchestrator.spec.objective import Objective
 from orchestrator.spec.train import Train
-from orchestrator.store.records import TokenManifest
+from orchestrator.store.records import Record, TokenManifest
 
-NO_RESULT = {"checkpoint_every", "max_restarts"}
-"""Fields of `train` that cannot change a weight."""
-TRAINING_VERSION = 2
+NO_RESULT = {"checkpoint_every", "max_restarts", "workers"}
+"""Fields of `train` that cannot change a weight; except that more or fewer workers add up the same gradients in another order,
+which rounds differently. A training must find its checkpoints again when their number changes."""
+TRAINING_VERSION = 3
 """Raised when the code makes other weights of the same job."""
 
 
@@ -32,18 +33,36 @@ class Soft:
     teacher_dtype: Literal["bf16", "fp32"]
 
 
+class Initial(Record):
+    """Weights that training starts from, a Hugging Face folder on storage that every node can read."""
+
+    folder: Path
+    content: str
+    """Hex identity of what is in it."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Multi-token prediction beside the model."""
+
+    depth: int = 0
+    weight: float = 0.0
+
+
 @dataclass(frozen=True)
 class TrainingJob:
     """Train `model` on the rows of `manifest`; without `soft`, on hard labels alone."""
 
     stage: str
-    model: Model
+    model: Model | Initial
+    """A model to be freshly initialised from `seed`, or one that has weights already."""
     vocab_size: int
     train: Train
     seed: int
     data_folder: str
     manifest: TokenManifest
     soft: Soft | None
+    ahead: Ahead = Ahead()
 
     @property
     def key(self) -> str:
@@ -52,9 +71,9 @@ class TrainingJob:
         if self.soft is not None:
             soft = [self.soft.log_key, self.soft.objective]
         train = self.train.model_dump(mode="json", exclude=NO_RESULT)
-        return fingerprint(
-            "train", TRAINING_VERSION, self.model, self.vocab_size, train, self.seed, self.manifest.content, soft
-        )
+        model = self.model.content if isinstance(self.model, Initial) else self.model
+        what = [model, self.vocab_size, [self.ahead.depth, self.ahead.weight]]
+        return fingerprint("train", TRAINING_VERSION, what, train, self.seed, self.manifest.content, soft)
 
     @property
     def folder(self) -> str:

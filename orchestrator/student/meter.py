@@ -24,7 +24,7 @@ class Meter:
 
     def __init__(self, job: TrainingJob, board: Any, feed: Feed) -> None:
         self._job, self._board, self._feed = job, board, feed
-        self._pending: list[tuple[int, torch.Tensor, float]] = []
+        self._pending: list[tuple[int, torch.Tensor, float, torch.Tensor | None]] = []
         self._steps = 0
         self._last_loss = math.nan
         self._first_step_s = 0.0
@@ -32,9 +32,9 @@ class Meter:
         self._started = self._flushed = time.perf_counter()
         self._waited = 0.0
 
-    def add(self, step: int, terms: torch.Tensor, grad_norm: Any) -> None:
-        """Take the figures of one step: global mean (loss, CE, divergence, features' loss) [4], gradient norm or None."""
-        self._pending.append((step, terms, math.nan if grad_norm is None else float(grad_norm)))
+    def add(self, step: int, terms: torch.Tensor, grad_norm: Any, routing: torch.Tensor | None) -> None:
+        """Take the figures of one step: means of `TERMS` [5], the gradient's norm or None, those of routers [3]."""
+        self._pending.append((step, terms, math.nan if grad_norm is None else float(grad_norm), routing))
         self._steps += 1
         if self._steps == 1:
             self._first_step_s, self._first_wait_s = time.perf_counter() - self._started, self._feed.waited_s
@@ -77,8 +77,10 @@ class Meter:
             "label_wait_fraction": (self._feed.waited_s - self._first_wait_s) / elapsed,
         }
 
-    def _point(self, step: int, terms: torch.Tensor, grad_norm: float) -> tuple[int, dict[str, float]]:
-        loss, ce, kd, inner = terms.tolist()
+    def _point(
+        self, step: int, terms: torch.Tensor, grad_norm: float, routing: torch.Tensor | None
+    ) -> tuple[int, dict[str, float]]:
+        loss, ce, kd, inner, ahead = terms.tolist()
         if not math.isfinite(loss):
             raise ResumableError(f"{self._job.stage}: the loss of step {step} is not finite; the last checkpoint is kept")
         self._last_loss = loss
@@ -92,4 +94,8 @@ class Meter:
             figures[names.KD_NATS] = kd
         if self._job.objective.features:
             figures[names.FEATURE_LOSS] = inner
+        if self._job.ahead.depth:
+            figures[names.MTP_LOSS] = ahead
+        if routing is not None:
+            figures |= zip((names.ROUTER_AUX, names.EXPERT_IMBALANCE, names.DROPPED_FRACTION), routing.tolist(), strict=True)
         return step, figures

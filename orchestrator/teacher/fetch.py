@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from orchestrator.errors import EnvironmentFault, SpecError
+from orchestrator.models.hub import checkpoint_folder, vocab_size_of
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.spec.model import GgufTeacher, TransformersTeacher
 from orchestrator.store.files import Store, sha256_of
@@ -28,32 +28,14 @@ def fetch_teacher(store: Store, teacher: TransformersTeacher | GgufTeacher) -> M
     """The teacher's folder, hashed; raises `SpecError` if it lacks what a teacher needs."""
     if isinstance(teacher, GgufTeacher):
         return _converted_gguf(store, teacher)
-    folder = _local_folder(teacher)
-    if not (folder / "config.json").is_file():
-        raise SpecError(f"teacher.path: {folder} has no config.json")
+    folder = checkpoint_folder(teacher.path, teacher.revision, "teacher.path")
     if not (folder / "tokenizer.json").is_file():
         raise SpecError(f"teacher.path: {folder} has no tokenizer.json")
     weights = [p.name for p in sorted(folder.glob("*.safetensors"))]
-    if not weights:
-        raise SpecError(f"teacher.path: {folder} has no .safetensors weights")
     present = [name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()]
     files = describe_folder(folder, [*weights, *present])
-    return ModelFolder(folder, ModelManifest(fingerprint=teacher.path, files=files, vocab_size=_vocab_size(folder)))
-
-
-def _local_folder(teacher: TransformersTeacher) -> Path:
-    folder = Path(teacher.path).expanduser()
-    if folder.is_dir():
-        return folder.absolute()
-    if teacher.path.startswith((".", "/", "~")):
-        raise SpecError(f"teacher.path: {teacher.path} is not a directory")
-    from huggingface_hub import snapshot_download
-
-    try:
-        kept = ["*.safetensors", "*.json", "*.jinja"]
-        return Path(snapshot_download(teacher.path, revision=teacher.revision, allow_patterns=kept))
-    except Exception as error:
-        raise EnvironmentFault(f"teacher.path: {teacher.path} is no local directory and cannot be fetched: {error}") from error
+    ids = vocab_size_of(folder, "teacher.path")
+    return ModelFolder(folder, ModelManifest(fingerprint=teacher.path, files=files, vocab_size=ids))
 
 
 def _converted_gguf(store: Store, teacher: GgufTeacher) -> ModelFolder:
@@ -63,7 +45,7 @@ def _converted_gguf(store: Store, teacher: GgufTeacher) -> ModelFolder:
     if done is None:
         ray.get(_convert_task.remote(store, stage_key, file, teacher.dtype))
         folder = store.path(f"{stage_key}/{MODEL}")
-        done = finish_model(store, stage_key, _vocab_size(folder), {})
+        done = finish_model(store, stage_key, vocab_size_of(folder, "teacher"), {})
     return done
 
 
@@ -101,11 +83,3 @@ def _convert_task(store: Store, stage_key: str, file: Path, dtype: str) -> None:
         model.hf_quantizer = None
         del model.config.quantization_config
         model.save_pretrained(folder)
-
-
-def _vocab_size(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text())
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    if not isinstance(size, int):
-        raise SpecError(f"teacher.path: {folder}/config.json names no vocab_size")
-    return size

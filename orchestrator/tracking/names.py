@@ -10,6 +10,10 @@ LOSS = "train/loss"
 CE_NATS = "train/ce_nats"
 KD_NATS = "train/kd_nats"
 FEATURE_LOSS = "train/feature_loss"
+MTP_LOSS = "train/mtp_loss"
+ROUTER_AUX = "train/router_aux"
+EXPERT_IMBALANCE = "train/expert_imbalance"
+DROPPED_FRACTION = "train/dropped_fraction"
 LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"
 TRAIN_TOKENS_PER_S = "train/tokens_per_s"
@@ -39,6 +43,10 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 "Divergence from the teacher's soft labels (of sampled ones: from the draw), mean per target token",
             ),
             Metric(FEATURE_LOSS, "1", "Weighted sum of the objective's losses on inner layers"),
+            Metric(MTP_LOSS, "nats", "Weighted loss of the multi-token-prediction modules, mean over depths and tokens"),
+            Metric(ROUTER_AUX, "1", "Load-balancing loss of the routers, mean over layers; 1 when balanced"),
+            Metric(EXPERT_IMBALANCE, "1", "Load of the busiest expert over the mean load, in the worst layer"),
+            Metric(DROPPED_FRACTION, "1", "Part of the tokens' picks that reached no expert"),
             Metric(LEARNING_RATE, "1", "Learning rate of the step"),
             Metric(GRAD_NORM, "1", "Norm of the whole gradient before clipping"),
             Metric(TRAIN_TOKENS_PER_S, "tokens/s", "Target tokens trained on, all workers together"),

@@ -162,7 +162,7 @@ MISTAKES = {
     "name: a\ntrain:\n  steps: true": "jobs/x.yaml:3: train.steps: must be a whole number, got true",
     "name: a\ntrain:\n  steps: 0": "jobs/x.yaml:3: train.steps: must be at least 1, got 0",
     "name: a\ntrain: {learning_rate: '1e-5'}": 'jobs/x.yaml:2: train.learning_rate: must be a number, got "1e-5"',
-    "name: a\ntrain: {schedule: cosin}": "train.schedule: must be 'constant', 'linear' or 'cosine', got \"cosin\"",
+    "name: a\ntrain: {schedule: cosin}": "train.schedule: must be 'constant', 'linear', 'cosine' or 'wsd', got \"cosin\"",
     "name: a\ntrain:\n  betas:\n  - 0.9\n  - x": 'jobs/x.yaml:5: train.betas.1: must be a number, got "x"',
     "name: a\ntrain: {betas: 0.9}": "jobs/x.yaml:2: train.betas: must be a list, got 0.9",
     "name: a\ntrain:": "jobs/x.yaml:2: train: must be a section of keys, got nothing",

@@ -1,0 +1,117 @@
+"""A model with its objective: token ids and soft labels in, loss out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from orchestrator.errors import SpecError
+from orchestrator.labels.targets import Targets
+from orchestrator.losses.head import chunked_loss
+from orchestrator.losses.inner import InnerLoss, links
+from orchestrator.losses.objective import Mixture
+from orchestrator.models.build import build_model, load_model, outline
+from orchestrator.models.features import captured, feature_widths, layer_count
+from orchestrator.models.fp8 import fp8_hardware, to_fp8
+from orchestrator.models.head import check_head, last_hidden, output_head
+from orchestrator.models.mtp import MultiTokenPrediction, shifted
+from orchestrator.spec.labels import kept_features
+from orchestrator.student.job import Initial, Soft, TrainingJob
+
+TERMS = 5
+"""Means over the global batch that a step reports: loss, CE, divergence, features' loss, loss of multi-token prediction."""
+
+
+class Distiller(nn.Module):
+    """A causal LM, and what is learnt beside it: projectors of its objective, multi-token-prediction modules."""
+
+    def __init__(
+        self, model: PreTrainedModel, inner: InnerLoss | None, mtp: MultiTokenPrediction | None, mtp_weight: float
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.inner = inner
+        self.mtp = mtp
+        self._mtp_weight = mtp_weight
+
+    def forward(
+        self, ids: torch.Tensor, mixture: Mixture, soft: Targets | None, features: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Means over all positions of `TERMS`, [5]; only the first has a gradient.
+
+        `ids` are [rows, seq + 1], `soft` and the teacher's `features` have tensors [rows, seq, ...].
+        """
+        names = () if self.inner is None else self.inner.student_features
+        with captured(self.model, names, "objective.features") as own:
+            hidden = last_hidden(self.model, ids[:, :-1])
+        loss, ce, divergence = head_loss(self.model, hidden, ids, mixture, soft)
+        inner = ahead = torch.zeros_like(ce)
+        if self.inner is not None:
+            inner = self.inner(features, own)
+        if self.mtp is not None:
+            ahead = self._mtp_weight * self._mtp_loss(hidden, ids, mixture, soft)
+        return torch.stack([loss + inner + ahead, ce, divergence, inner.detach(), ahead.detach()])
+
+    def _mtp_loss(self, hidden: torch.Tensor, ids: torch.Tensor, mixture: Mixture, soft: Targets | None) -> torch.Tensor:
+        """Mean over the depths of the same objective, hard and soft labels moved on by the depth."""
+        assert self.mtp is not None
+        losses: list[torch.Tensor] = []
+        for depth, states in enumerate(self.mtp(hidden, ids), 1):
+            later = None if soft is None else soft.map(lambda t, d=depth: t[:, shifted(d, hidden.shape[1])])
+            losses.append(head_loss(self.model, states, ids[:, depth:], mixture, later)[0])
+        return torch.stack(losses).mean()
+
+
+def head_loss(
+    model: PreTrainedModel, hidden: torch.Tensor, ids: torch.Tensor, mixture: Mixture, soft: Targets | None
+) -> torch.Tensor:
+    """Means over all positions of (loss, CE, divergence), [3]; only the first has a gradient.
+
+    `hidden` [rows, seq, width] is what the head of `model` is applied to, `ids` are [rows, seq + 1].
+    """
+    target = ids[:, 1:].flatten()
+    teacher = None if soft is None else soft.map(lambda t: t.flatten(0, 1))
+
+    def score(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        return mixture.score(logits, target[part], None if teacher is None else teacher.map(lambda t: t[part]))
+
+    return chunked_loss(hidden.flatten(0, 1), output_head(model), score) / len(target)
+
+
+def start_model(job: TrainingJob) -> PreTrainedModel:
+    """The model of `job` as training begins; raises `SpecError` for one whose head the chunked loss cannot stand for."""
+    if isinstance(job.model, Initial):
+        model = load_model(job.model.folder, "fp32", torch.device("cpu")).train()
+        model.config.use_cache = False
+    else:
+        model = build_model(job.model, job.vocab_size, job.seed, job.stage)
+    check_head(model, job.stage)
+    if job.train.precision == "fp8":
+        emulate = job.train.gpus_per_worker == 0 or not fp8_hardware()
+        to_fp8(model, job.train.fp8_recipe, emulate, f"{job.stage}.model")
+    if job.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def build_distiller(job: TrainingJob) -> Distiller:
+    """The model of `job` as training begins, with what its objective learns beside it.
+
+    Raises `SpecError` as `start_model` does, and for features that are not there.
+    """
+    model = start_model(job)
+    inner = _inner_loss(job.soft, model, job.seed) if job.soft and job.soft.objective.features else None
+    mtp = MultiTokenPrediction(model, job.ahead.depth, job.seed) if job.ahead.depth else None
+    return Distiller(model, inner, mtp, job.ahead.weight)
+
+
+def _inner_loss(soft: Soft, model: PreTrainedModel, seed: int) -> InnerLoss:
+    teacher = outline(soft.teacher)
+    linked = links(soft.objective.features, layer_count(model), layer_count(teacher))
+    missing = [link.teacher for link in linked if link.teacher not in kept_features(soft.labels)]
+    if missing:
+        raise SpecError(f"objective.features: needs {missing[0]}, which labels.features does not keep")
+    ours = feature_widths(model, {link.student for link in linked}, "objective.features")
+    theirs = feature_widths(teacher, {link.teacher for link in linked}, "objective.features")
+    return InnerLoss(linked, ours, theirs, seed)

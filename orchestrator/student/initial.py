@@ -1,0 +1,119 @@
+"""Students that do not start from nothing: brought, pruned from the teacher, or made into a mixture of experts.
+
+Made once, before training, as a folder in the storage: every worker, the baseline and any later run start from the same.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import ray
+import torch
+from transformers import PreTrainedModel
+
+from orchestrator.errors import SpecError
+from orchestrator.models.build import load_model
+from orchestrator.models.hub import checkpoint_folder, vocab_size_of
+from orchestrator.models.importance import importance
+from orchestrator.models.prune import check_prunable, prune
+from orchestrator.models.upcycle import upcycle
+from orchestrator.plan.fingerprint import fingerprint
+from orchestrator.spec.model import CheckpointStudent, PrunedStudent, UpcycledStudent
+from orchestrator.store.files import Store
+from orchestrator.store.records import MODEL, ModelFolder, TokenManifest, describe_folder, finish_model, finished_model
+from orchestrator.store.shards import read_tokens
+from orchestrator.student.job import Initial
+
+CALIBRATION_ROWS_AT_A_TIME = 4
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the first weights of a student come from."""
+
+    store: Store
+    student: CheckpointStudent | PrunedStudent | UpcycledStudent
+    teacher: ModelFolder
+    seed: int
+    token_folder: str
+    manifest: TokenManifest
+
+    @cached_property
+    def folder(self) -> Path:
+        """The checkpoint that they are made from.
+
+        Raises `SpecError` for one that is not there or does not share the teacher's vocabulary.
+        """
+        if isinstance(self.student, PrunedStudent):
+            return self.teacher.path
+        folder = checkpoint_folder(self.student.path, self.student.revision, "student.path")
+        ids, wanted = vocab_size_of(folder, "student.path"), self.teacher.manifest.vocab_size
+        if ids != wanted:
+            raise SpecError(f"student.path: the vocabulary of {folder} has {ids} ids, the teacher's {wanted}")
+        if _vocabulary(folder) != _vocabulary(self.teacher.path):
+            raise SpecError(f"student.path: the tokenizer of {folder} has other ids for its tokens than the teacher's")
+        return folder
+
+    @cached_property
+    def key(self) -> str:
+        if isinstance(self.student, PrunedStudent):
+            source = [self.teacher.manifest.content, self.manifest.content]
+        else:
+            weights = describe_folder(self.folder, [p.name for p in self.folder.glob("*.safetensors")])
+            source = [{name: record.sha256 for name, record in weights.items()}, self.seed]
+        made = self.student.model_dump(mode="json", exclude={"mtp_depth", "mtp_weight", "path", "revision"})
+        return fingerprint("initial", made, source)
+
+    @property
+    def stage(self) -> str:
+        return f"initial/{self.key}"
+
+
+def finished_initial(origin: Origin) -> Initial | None:
+    """What an earlier run made of `origin`."""
+    done = finished_model(origin.store, origin.stage)
+    return None if done is None else Initial(folder=done.path, content=done.manifest.weights)
+
+
+def make_initial(origin: Origin) -> Initial:
+    """Make the first weights; raises `SpecError` for an architecture or sizes that do not allow it."""
+    ray.get(_make_task.remote(origin))
+    done = finish_model(origin.store, origin.stage, origin.teacher.manifest.vocab_size, {})
+    return Initial(folder=done.path, content=done.manifest.weights)
+
+
+@ray.remote(num_cpus=1)
+def _make_task(origin: Origin) -> None:
+    model = load_model(origin.folder, "fp32", torch.device("cpu"))
+    made = _made(origin, model)
+    with origin.store.folder_for(f"{origin.stage}/{MODEL}") as folder:
+        made.save_pretrained(folder)
+
+
+def _made(origin: Origin, model: PreTrainedModel) -> PreTrainedModel:
+    student = origin.student
+    if isinstance(student, UpcycledStudent):
+        return upcycle(model, student.experts, student.experts_per_token, student.noise, origin.seed, "student")
+    if isinstance(student, PrunedStudent):
+        check_prunable(model, student, "student")
+        batches = _rows(origin, student.calibration_rows).split(CALIBRATION_ROWS_AT_A_TIME)
+        return prune(model, student, importance(model, batches), "student")
+    return model
+
+
+def _rows(origin: Origin, count: int) -> torch.Tensor:
+    """The first `count` training windows, [count, seq], or all there are."""
+    parts: list[torch.Tensor] = []
+    for record in origin.manifest.train:
+        parts.append(torch.from_numpy(read_tokens(origin.store, origin.token_folder, record).ids[:, :-1]).long())
+        if sum(map(len, parts)) >= count:
+            break
+    return torch.cat(parts)[:count]
+
+
+def _vocabulary(folder: Path) -> object:
+    file = folder / "tokenizer.json"
+    return json.loads(file.read_text())["model"].get("vocab") if file.is_file() else None

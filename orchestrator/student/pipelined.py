@@ -1,0 +1,127 @@
+"""Training with the blocks of the model spread over ranks: DeepSpeed's 1F1B pipeline, and DualPipeV."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+
+from orchestrator.errors import SpecError
+from orchestrator.losses.objective import Mixture
+from orchestrator.models.mtp import MultiTokenPrediction
+from orchestrator.models.router import routers
+from orchestrator.models.stages import Embedding, Pieces, pieces
+from orchestrator.spec.train import Pipeline
+from orchestrator.student.balance import Balance, Experts
+from orchestrator.student.distiller import TERMS, head_loss, start_model
+from orchestrator.student.engine import join_group, start_engine
+from orchestrator.student.feed import MicroBatch
+from orchestrator.student.job import TrainingJob
+
+CUT_AT = "type:block|final"
+"""What DeepSpeed spreads evenly over the stages: blocks, and the norm with the head as one more of them."""
+
+
+class Pipelined:
+    """Micro-batches travel through the stages; ranks with the same stage train on rows of their own."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        join_group()
+        parallel = job.train.parallel
+        assert isinstance(parallel, Pipeline)
+        self.model = start_model(job)
+        cut = pieces(self.model)
+        if len(cut.blocks) < parallel.parts:
+            raise SpecError(
+                f"train.parallel: {parallel.schedule} over {parallel.stages} stages cuts the model in {parallel.parts} pieces, "
+                f"but {job.stage} has {len(cut.blocks)} layers"
+            )
+        self._loss = _Loss(self.model)
+        experts, whole = Experts.of(self.model), list(routers(self.model).values())
+        module = _pipeline(cut, parallel, self._loss)
+        _forget_others(self.model, module)
+        self.engine = start_engine(module, job.train)
+        mine = {id(router) for router in routers(module).values()}
+        own = [layer for layer, router in enumerate(whole) if id(router) in mine]
+        self.balance = Balance(job, module, experts, own) if experts else None
+        self.mtp: MultiTokenPrediction | None = None
+        self.data_rank: int = self.engine.grid.data_parallel_id
+        self._data_ranks: int = self.engine.grid.data_parallel_size
+        self.reads_labels: bool = self.engine.is_last_stage()
+
+    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
+        self._loss.begin(mixture, micro_batches)
+        self.engine.train_batch(iter([(micro.ids[:, :-1], None) for micro in micro_batches]))
+        terms = self._loss.terms or [torch.zeros(TERMS, device=self.engine.device)]
+        mean = torch.stack(terms).mean(0) / self._data_ranks
+        dist.all_reduce(mean)
+        return mean
+
+    def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        held = {name: value for name, value in module.state_dict().items() if not value.is_meta}
+        holders: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(holders, list(held))
+        state: dict[str, torch.Tensor] = {}
+        for name, value in module.state_dict().items():
+            holder = next(rank for rank, names in enumerate(holders) if name in names)
+            if dist.get_rank() == 0:
+                whole = held[name].detach() if holder == 0 else torch.empty_like(value, dtype=dtype, device=self.engine.device)
+                if holder != 0:
+                    dist.recv(whole, src=holder)
+                state[name] = whole.to("cpu", dtype)
+            elif dist.get_rank() == holder:
+                dist.send(held[name].detach().to(dtype).contiguous(), dst=0)
+        return state
+
+
+class _Loss:
+    """The last layer of the pipeline. Micro-batches come in their order, which is how it knows their labels.
+
+    It is a layer and not DeepSpeed's `loss_fn`: in bf16, DeepSpeed 0.19.8 clears gradients when the backward pass reaches what
+    the last layer put out, and those of a head that is applied after that would be lost.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.terms: list[torch.Tensor] = []
+
+    def begin(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> None:
+        self._mixture, self._coming, self.terms = mixture, iter(micro_batches), []
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        micro, on = next(self._coming), hidden.device
+        soft = None if micro.soft is None else micro.soft.map(lambda t: t.to(on))
+        means = head_loss(self._model, hidden, micro.ids.to(on), self._mixture, soft)
+        self.terms.append(torch.cat([means.detach(), means.new_zeros(TERMS - len(means))]))
+        return means[0]
+
+
+def _pipeline(cut: Pieces, parallel: Pipeline, loss: _Loss) -> nn.Module:
+    from deepspeed.pipe import PipelineModule, TiedLayerSpec
+    from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+
+    layers: list[Any] = [cut.embedding, *cut.blocks, cut.final, loss]
+    if cut.tied:
+        shared = partial(TiedLayerSpec, "embedding", Embedding, cut.embedding.embed, tied_weight_attr="embed.weight")
+        layers = [shared(), *cut.blocks, cut.final, shared(forward_fn=lambda _embedding, hidden: loss(hidden))]
+    kind = {"1f1b": PipelineModule, "dualpipev": DualPipeVModule}[parallel.schedule]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
+        return kind(layers=layers, num_stages=parallel.stages, partition_method=CUT_AT)
+
+
+def _forget_others(model: PreTrainedModel, mine: nn.Module) -> None:
+    """Free the parameters and buffers of `model` that belong to the stages of other ranks."""
+    kept = {id(tensor) for tensor in (*mine.parameters(), *mine.buffers())}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in kept:
+                module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in kept:
+                module._buffers[name] = buffer.to("meta")

@@ -1,0 +1,80 @@
+"""Training with a whole model on every rank, or a share of it that ZeRO brings together when it is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from orchestrator.losses.objective import Mixture
+from orchestrator.spec.train import Expert
+from orchestrator.student.balance import Balance, Experts
+from orchestrator.student.distiller import Distiller, build_distiller
+from orchestrator.student.engine import join_group, start_engine
+from orchestrator.student.experts import check_experts, experts_in_sight, whole_expert_state
+from orchestrator.student.feed import MicroBatch
+from orchestrator.student.job import TrainingJob
+
+
+class Replicated:
+    """Data parallel: every rank trains on rows of its own."""
+
+    reads_labels = True
+
+    def __init__(self, job: TrainingJob) -> None:
+        join_group()
+        distiller = build_distiller(job)
+        self.model, self.mtp = distiller.model, distiller.mtp
+        experts = Experts.of(self.model)
+        self.engine = self._start(distiller, job)
+        self.balance = Balance(job, self.model, experts, list(range(experts.layers))) if experts else None
+        self.data_rank = dist.get_rank()
+        self._zero_stage = job.train.parallel.stage
+
+    def _start(self, distiller: Distiller, job: TrainingJob) -> Any:
+        return start_engine(distiller, job.train)
+
+    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
+        terms: list[torch.Tensor] = []
+        for micro in micro_batches:
+            terms.append(self._forward_backward(mixture, micro))
+            self.engine.step()
+        mean = torch.stack(terms).mean(0) / dist.get_world_size()
+        dist.all_reduce(mean)
+        return mean
+
+    def _forward_backward(self, mixture: Mixture, micro: MicroBatch) -> torch.Tensor:
+        on = self.engine.device
+        soft = None if micro.soft is None else micro.soft.map(lambda t: t.to(on))
+        features = {name: states.to(on) for name, states in micro.features.items()}
+        means = self.engine(micro.ids.to(on), mixture, soft, features)
+        self.engine.backward(means[0])
+        return means.detach()
+
+    def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        state = {name: value.detach().to("cpu", dtype) for name, value in module.state_dict().items()}
+        if self._zero_stage < 3:
+            return state
+        import deepspeed
+
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if dist.get_rank() == 0:
+                    state[name] = parameter.detach().to("cpu", dtype).clone()
+        return state
+
+
+class ExpertParallel(Replicated):
+    """Data parallel, with the experts of every block spread over groups of ranks (DeepSpeed AutoEP)."""
+
+    def _start(self, distiller: Distiller, job: TrainingJob) -> Any:
+        parallel = job.train.parallel
+        assert isinstance(parallel, Expert)
+        check_experts(distiller.model, parallel.size, "teacher.train" if job.stage == "teacher" else "train")
+        with experts_in_sight(distiller, distiller.model):
+            return super()._start(distiller, job)
+
+    def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return whole_expert_state(module, dtype)

@@ -1,0 +1,50 @@
+"""The parallel strategies, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from orchestrator.losses.objective import Mixture
+from orchestrator.models.mtp import MultiTokenPrediction
+from orchestrator.student.balance import Balance
+from orchestrator.student.feed import MicroBatch
+from orchestrator.student.job import TrainingJob
+from orchestrator.student.pipelined import Pipelined
+from orchestrator.student.replicated import ExpertParallel, Replicated
+
+
+class Trainer(Protocol):
+    """A model under training on this rank."""
+
+    model: PreTrainedModel
+    """With parameters that may be sharded, or those of this rank's stage only."""
+    mtp: MultiTokenPrediction | None
+    balance: Balance | None
+    """Of a mixture of experts."""
+    engine: Any
+    """DeepSpeed's."""
+    data_rank: int
+    """Which of the `train.data_parallel` shares of a batch this rank works on."""
+    reads_labels: bool
+    """Whether this rank computes the loss."""
+
+    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
+        """One optimizer step: means of `TERMS` over the global batch, [5], on every rank."""
+        ...
+
+    def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The state of `module`, the model or a part of it, unsharded, on the CPU of rank 0; called on every rank."""
+        ...
+
+
+STRATEGIES: dict[str, Callable[[TrainingJob], Trainer]] = {"zero": Replicated, "pipeline": Pipelined, "expert": ExpertParallel}
+
+
+def start_trainer(job: TrainingJob) -> Trainer:
+    """The model of `job` as training begins, on this rank. Raises `SpecError` for one that cannot be trained so."""
+    return STRATEGIES[job.train.parallel.kind](job)

@@ -1,0 +1,133 @@
+"""Checkpoints that are damaged, and such as somebody else has made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from orchestrator.store.records import MANIFEST, FileRecord, describe_folder
+from orchestrator.student.job import TrainingJob
+from tests.parity.course import Bench, Case, build_bench, checkpoint_of, course, interrupted
+from tests.parity.ranks import run_on_ranks
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return build_bench(tmp_path_factory.mktemp("checkpoints"))
+
+
+def restore_damaged(bench: Bench) -> dict[str, Any]:
+    """The step that is resumed from, after one damage after another to the newest checkpoint that is still whole."""
+    from orchestrator.student.checkpoint import restore_checkpoint
+    from orchestrator.student.trainer import start_trainer
+
+    world = dist.get_world_size()
+    job = bench.job(Case("sampled", 2), world, f"damaged-{world}")
+    interrupted(bench, job, 3)
+    trainer = start_trainer(job)
+    first, second = checkpoint_of(bench, job, 3), checkpoint_of(bench, job, 2)
+    kept = sorted(path.name for path in first.parent.iterdir())
+    found: dict[str, Any] = {"kept": kept}
+    for name, damage in {
+        "none": lambda: None,
+        "manifest cut": lambda: os.truncate(first / MANIFEST, 20),
+        "manifest gone": lambda: (first / MANIFEST).unlink(),
+        "a byte of the last rank": lambda: flip_byte(sorted((second / "engine").glob("*optim_states.pt"))[-1]),
+        "everything": lambda: shutil.rmtree(second),
+    }.items():
+        if name == "manifest cut" and world > 1:
+            continue
+        if dist.get_rank() == 0:
+            damage()
+        dist.barrier()
+        try:
+            found[name] = restore_checkpoint(trainer.engine, course(job), bench.store, job.folder)
+        except Exception as error:
+            found[name] = repr(error)
+    trainer.engine.destroy()
+    return found
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+class Malice:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self._canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self._canary),))
+
+
+def load_malice(bench: Bench) -> dict[str, Any]:
+    """Whether a checkpoint with a true manifest and a foreign pickle was refused, and whether its code has run."""
+    job = bench.job(Case("sampled", 1), 1, "malicious")
+    folder, _ = interrupted(bench, job, 2)
+    found: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.pt")):
+        canary, honest = bench.store.path(f"canary-{file.name}"), file.read_bytes()
+        torch.save({"module": Malice(canary)}, file)
+        sign(folder.parent)
+        found[file.name] = {"guarded": attempt(bench, job, canary)}
+        guard = os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        found[file.name]["unguarded"] = attempt(bench, job, canary)
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = guard
+        file.write_bytes(honest)
+    sign(folder.parent)
+    found["honest"] = attempt(bench, job, bench.store.path("canary"))
+    return found
+
+
+def sign(checkpoint: Path) -> None:
+    """Rewrite the manifest so that it names the files as they are."""
+    document = json.loads((checkpoint / MANIFEST).read_text())
+    files: dict[str, FileRecord] = {n: r for n, r in describe_folder(checkpoint).items() if n != MANIFEST}
+    (checkpoint / MANIFEST).write_text(json.dumps(document | {"files": {n: r.model_dump() for n, r in files.items()}}))
+
+
+def attempt(bench: Bench, job: TrainingJob, canary: Path) -> dict[str, Any]:
+    from orchestrator.student.checkpoint import restore_checkpoint
+    from orchestrator.student.trainer import start_trainer
+
+    trainer = start_trainer(job)
+    try:
+        outcome: Any = restore_checkpoint(trainer.engine, course(job), bench.store, job.folder)
+    except Exception as error:
+        outcome = type(error).__name__
+    trainer.engine.destroy()
+    return {"outcome": outcome, "code ran": canary.exists()}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_damaged_checkpoint_is_passed_over(bench: Bench, world: int) -> None:
+    found = run_on_ranks(world, bench.store.root.parent, restore_damaged, bench)
+    assert found == {
+        "kept": ["step-000002", "step-000003"],
+        "none": 3,
+        **({"manifest cut": 2} if world == 1 else {}),
+        "manifest gone": 2,
+        "a byte of the last rank": 0,
+        "everything": 0,
+    }
+
+
+def test_a_foreign_pickle_in_a_checkpoint_is_not_run(bench: Bench) -> None:
+    found = run_on_ranks(1, bench.store.root.parent, load_malice, bench)
+    assert found.pop("honest") == {"outcome": 2, "code ran": False}
+    assert len(found) == 2, "the file of the model and that of the optimizer"
+    for name, outcomes in found.items():
+        assert not outcomes["guarded"]["code ran"], name
+        assert isinstance(outcomes["guarded"]["outcome"], str), "refused with an error"
+        assert outcomes["unguarded"]["code ran"], "without the guard the same file runs its code"
