@@ -85,6 +85,7 @@ MODELS: dict[str, Model] = {
 }
 STRATEGIES: dict[str, dict[str, Any]] = {
     "zero": {"kind": "zero"},
+    "offload": {"kind": "zero", "offload": "cpu"},
     "1f1b": {"kind": "pipeline", "stages": 2},
     "dualpipev": {"kind": "pipeline", "stages": 2, "schedule": "dualpipev"},
     "ep2": {"kind": "expert", "size": 2},
@@ -120,11 +121,12 @@ class Bench:
         return TrainingJob(f"{stage}-{world}", MODELS[case.model], VOCAB, train, SEED, "data/x", self.manifest, soft)
 
 
-def build_bench(root: Path) -> Bench:
+def build_bench(root: Path, vocab: int = VOCAB) -> Bench:
+    """Token shards with ids below `vocab`, and the logs of `LABELS` for them."""
     store, rng = Store(root / "store"), np.random.default_rng(5)
     records, shards = [], []
     for shard, rows in enumerate(SHARD_ROWS):
-        tokens = TokenShard([rng.bytes(16) for _ in range(rows)], rng.integers(0, VOCAB, (rows, SEQ + 1), dtype=np.int32))
+        tokens = TokenShard([rng.bytes(16) for _ in range(rows)], rng.integers(0, vocab, (rows, SEQ + 1), dtype=np.int32))
         records.append(put_shard(store, "data/x/train", shard, tokens.to_table()))
         shards.append(tokens)
     totals = {"documents": 1, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}

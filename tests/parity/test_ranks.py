@@ -52,6 +52,8 @@ CASES: dict[int, list[Case]] = {
         *(Case("sampled", zero, "bf16") for zero in (1, 2, 3)),
         Case("taid", 3),
         *(Case("relations", zero) for zero in (1, 3)),
+        Case("sampled", 2, strategy="offload"),
+        Case("sampled", 3, "bf16", strategy="offload"),
         Case("sampled", 1, strategy="1f1b", model="deep"),
         Case("topk", 1, strategy="1f1b", model="deep-untied"),
         Case("sampled", 1, "bf16", strategy="1f1b", model="deep"),
