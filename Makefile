@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart gemma test lint faults seeds bench bench-head bench-trl draws learn clean
+.PHONY: quickstart gemma test lint faults seeds students bench bench-head bench-trl bench-pipelines bench-planner bench-prune draws learn clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -33,6 +33,9 @@ faults: $(READY)
 seeds: $(READY)
 	$(BIN)/python tests/bench/seeds.py
 
+students: $(READY)
+	$(BIN)/python tests/bench/students.py
+
 bench: $(READY)
 	$(BIN)/python tests/bench/bench.py
 
@@ -41,6 +44,16 @@ bench-head: $(READY)
 
 bench-trl: $(READY)
 	$(BIN)/python tests/bench/trl.py
+
+bench-pipelines: $(READY)
+	$(BIN)/python tests/bench/pipelines.py
+
+bench-planner: $(READY)
+	$(BIN)/python tests/bench/planner.py
+
+bench-prune: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gemma]"
+	$(BIN)/python tests/bench/prune.py
 
 draws: $(READY)
 	$(BIN)/python tests/bench/draws.py

@@ -79,8 +79,6 @@ class Job(Spec):
             ):
                 if asked:
                     raise ValueError(f"{what}; train.parallel.kind pipeline spreads them: use zero (stage 3 for large models)")
-        if self.student.mtp_depth >= self.data.seq_len:
-            raise ValueError(f"student.mtp_depth {self.student.mtp_depth} is not below data.seq_len {self.data.seq_len}")
         return self
 
     @model_validator(mode="after")

@@ -39,7 +39,8 @@ def commands() -> list[str]:
 
 
 def job_snippets() -> list[str]:
-    return re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    return blocks + re.findall(r"^- `((?:student|train): \{.*\})`", README, flags=re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +82,11 @@ def test_job_snippets_are_valid(tmp_path: Path) -> None:
     from orchestrator.spec.load import load_job
 
     snippets = job_snippets()
-    assert snippets
+    assert len(snippets) > 8
     for snippet in snippets:
         file = tmp_path / "job.yaml"
-        file.write_text("name: snippet\n" + snippet)
+        # On rows enough for eight workers, which the snippets leave to the reader.
+        file.write_text("name: snippet\n" + snippet.replace("train: {", "train: {global_batch: 32, ", 1))
         load_job(file)
 
 

@@ -1,0 +1,86 @@
+"""What a job file may ask for of students and strategies, what is refused at once, and what DeepSpeed is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.plan.batch import Batch
+from orchestrator.plan.deepspeed_config import deepspeed_config
+from orchestrator.plan.layout import Layout, layout_of
+from orchestrator.plan.schedule import learning_rate
+from orchestrator.spec.load import load_job
+from orchestrator.spec.train import Train
+
+JOBS = Path(__file__).parent.parent.parent / "jobs"
+
+REFUSED = {
+    "train: {workers: 3, global_batch: 12, micro_batch: 1, parallel: {kind: pipeline, stages: 2}}": (
+        "3 workers are no multiple of parallel.stages 2"
+    ),
+    "train: {workers: 2, parallel: {kind: pipeline, stages: 2, schedule: dualpipev}}": (
+        "parallel.schedule dualpipev needs at least 4 micro-batches a step, here 2: "
+        "a smaller micro_batch, a larger global_batch, or schedule 1f1b"
+    ),
+    "train: {workers: 2, parallel: {kind: pipeline, stages: 2, stage: 2}}": "train.parallel.stage",
+    "train: {workers: 3, global_batch: 12, micro_batch: 1, parallel: {kind: expert, size: 2}}": (
+        "3 workers are no multiple of parallel.size 2"
+    ),
+    "train: {workers: 2, parallel: {kind: expert, stage: 0}}": "train.parallel.stage",
+    "train: {precision: fp8, parallel: {stage: 0}}": "precision fp8 needs parallel.stage 1 or more",
+    "train: {parallel: {stage: 0, offload: cpu}, precision: fp32}": "offload cpu needs stage 1 or more",
+    "train: {workers: 2, parallel: {kind: pipeline}}\nstudent: {mtp_depth: 1}": (
+        "student.mtp_depth needs the embedding where the loss is; train.parallel.kind pipeline spreads them: use zero"
+    ),
+    "student: {kind: pruned}": "nothing is pruned: give layers, hidden_size, intermediate_size or kv_heads",
+    "student: {kind: pruned, layers: 0}": "student.layers",
+    "student: {kind: upcycled, path: x, experts: 2, experts_per_token: 3}": "experts_per_token 3 is above experts 2",
+    "student: {kind: checkpoint}": "student.path",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_cannot_be_combined_is_refused_with_the_reason(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(f"name: a\n{text}\n")
+    with pytest.raises(SpecError) as caught:
+        load_job(file)
+    assert REFUSED[text] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_ranks_of_a_pipeline_share_their_rows() -> None:
+    train = Train(workers=8, global_batch=32, micro_batch=2, parallel={"kind": "pipeline", "stages": 4})  # type: ignore[arg-type]
+    assert Batch.of(train) == Batch(global_rows=32, ranks=2, micro_rows=2, accumulation=8)
+    assert layout_of(train) == Layout(data=2, pipeline=4)
+    experts = Train(workers=4, parallel={"kind": "expert", "size": 2, "stage": 2}, precision="fp8")  # type: ignore[arg-type]
+    assert layout_of(experts) == Layout(data=4, expert=2, zero_stage=2, precision="fp8")
+
+
+def test_what_deepspeed_is_told() -> None:
+    offloaded = deepspeed_config(Train(parallel={"kind": "zero", "stage": 3, "offload": "cpu"}))  # type: ignore[arg-type]
+    assert offloaded["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert (
+        "offload_param"
+        not in deepspeed_config(Train(parallel={"kind": "zero", "stage": 2, "offload": "cpu"}))["zero_optimization"]
+    )  # type: ignore[arg-type]
+    assert deepspeed_config(Train(precision="fp8"))["bf16"] == {"enabled": True}, "fp8 exists inside of products only"
+    experts = deepspeed_config(Train(workers=2, parallel={"kind": "expert"}))  # type: ignore[arg-type]
+    assert experts["expert_parallel"]["autoep_size"] == 2
+
+
+def test_warmup_stable_decay() -> None:
+    train = Train(steps=101, warmup_steps=1, schedule="wsd", learning_rate=1.0, final_lr_fraction=0.0)
+    rates = [learning_rate(train, step) for step in range(101)]
+    assert rates[:81] == [1.0] * 81
+    assert rates[-1] == 0.0
+    assert rates[90] == pytest.approx(10 / 99 / 0.2), "linear over the last fifth of the 99 steps after the first"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "deepseek-v3"])
+def test_the_other_students_of_the_quickstart_differ_in_nothing_else(name: str) -> None:
+    plain, other = load_job(JOBS / "quickstart.yaml"), load_job(JOBS / f"quickstart-{name}.yaml")
+    assert other.student != plain.student
+    assert other.model_copy(update={"student": plain.student, "name": plain.name}) == plain
