@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.data.prepare import identify_corpus, prepare_tokens, prepared_tokens
 from orchestrator.errors import SpecError
 from orchestrator.plan.fingerprint import fingerprint
-from orchestrator.plan.make import vocabulary
+from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
 from orchestrator.run import Run
 from orchestrator.runtime.session import check_resources
 from orchestrator.spec.job import Job
@@ -24,8 +24,6 @@ from orchestrator.student.job import Ahead, Initial, Soft, TrainingJob
 from orchestrator.tracking import names
 
 ABORT_GRACE_S = 30.0
-UNKNOWN_VOCABULARY = 1 << 15
-"""Stands in for the vocabulary of a teacher that is not fetched yet, while a job file is checked."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +61,10 @@ class Labelled:
 
 
 def check_models(job: Job) -> None:
-    """Raise `SpecError` for a model section that transformers would not build, before anything costs time."""
-    from orchestrator.models.build import model_config
+    """Raise `SpecError` for models that cannot be or cannot be trained as asked, before anything costs time."""
+    from orchestrator.student import preflight
 
-    ids = vocabulary(job) or UNKNOWN_VOCABULARY
-    if isinstance(job.student, ConfigStudent):
-        model_config(job.student.model, ids, "student")
-    if isinstance(job.teacher, PretrainTeacher):
-        model_config(job.teacher.model, ids, "teacher")
+    preflight.check_models(job, vocabulary(job) or UNKNOWN_VOCABULARY)
 
 
 def check_cluster(run: Run) -> None:

@@ -38,6 +38,7 @@ class Subject:
 
     @property
     def size_bytes(self) -> int:
+        """Of the model's weights, without multi-token-prediction modules beside it."""
         return sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
 
 

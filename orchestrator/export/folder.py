@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.errors import EnvironmentFault
 
-MTP_FILES = "mtp.*"
+MTP = "mtp"
 
 
 def export_model(model: Path, target: Path, report: dict[str, Any], keep_mtp: bool) -> Path:
@@ -24,7 +24,7 @@ def export_model(model: Path, target: Path, report: dict[str, Any], keep_mtp: bo
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.parent / f".tmp-{uuid.uuid4().hex[:12]}"
-        shutil.copytree(model, partial, ignore=None if keep_mtp else shutil.ignore_patterns(MTP_FILES))
+        shutil.copytree(model, partial, ignore=None if keep_mtp else shutil.ignore_patterns(MTP))
         (partial / "README.md").write_text(model_card(report))
         if target.exists():
             shutil.rmtree(target)

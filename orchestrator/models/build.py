@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from orchestrator.errors import SpecError
@@ -36,6 +37,8 @@ def model_config(model: Model, vocab_size: int, section: str) -> PreTrainedConfi
     if asked != vocab_size:
         raise SpecError(f"{section}.model.config.vocab_size: {asked}, but the teacher's vocabulary has {vocab_size} ids")
     values: dict[str, Any] = {**model.config, "vocab_size": vocab_size}
+    if hasattr(default, "num_mtp_layers"):
+        values.setdefault("num_mtp_layers", 0)  # DeepSeek-V3's default claims one that no class here builds
     try:
         return AutoConfig.for_model(model.type, **values)
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -52,10 +55,18 @@ def build_model(model: Model, vocab_size: int, seed: int, section: str) -> PreTr
 
 
 def load_model(folder: Path, dtype: Literal["bf16", "fp32", "fp8"], on: torch.device) -> PreTrainedModel:
-    """The causal LM in `folder`, from safetensors only, ready for inference."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, local_files_only=True
-    )
+    """The causal LM in `folder`, from safetensors only, ready for inference.
+
+    Raises `SpecError` if its weights cannot be read or are not those of its configuration.
+    """
+    kept = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **kept)
+    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
+        raise SpecError(f"{folder} cannot be read as a causal language model: {str(error).splitlines()[0]}") from error
+    model, found = loaded
+    if lacking := [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]:
+        raise SpecError(f"{folder}: its weights are not those of its config.json: {lacking[0]} and {len(lacking) - 1} more")
     torch.nn.Module.to(model, on)
     return model.eval()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from orchestrator.errors import EnvironmentFault, SpecError
 
@@ -28,11 +29,22 @@ def checkpoint_folder(path: str, revision: str | None, key: str) -> Path:
 
 def vocab_size_of(folder: Path, key: str) -> int:
     """Ids that the model in `folder` knows; raises `SpecError` if its configuration does not say."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder, key)
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     if not isinstance(size, int):
         raise SpecError(f"{key}: {folder}/config.json names no vocab_size")
     return size
+
+
+def read_config(folder: Path, key: str) -> dict[str, Any]:
+    """The values of config.json in `folder`; raises `SpecError` if it is no JSON object."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (ValueError, OSError) as error:
+        raise SpecError(f"{key}: {folder}/config.json: {error}") from error
+    if not isinstance(config, dict):
+        raise SpecError(f"{key}: {folder}/config.json is no JSON object")
+    return config
 
 
 def _fetched(name: str, revision: str | None, key: str) -> Path:

@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from orchestrator.errors import SpecError
 from orchestrator.models.features import blocks
-from orchestrator.models.stages import layer_types, with_layers
+from orchestrator.models.stages import last_norm, layer_types, with_layers
 
 Tensor = torch.Tensor
 
-WEIGHTS, FACTS = "mtp.safetensors", "mtp.json"
+FOLDER = "mtp"
+"""Beside the model's own files; engines take every .safetensors next to them for the model's."""
+WEIGHTS, FACTS = f"{FOLDER}/weights.safetensors", f"{FOLDER}/mtp.json"
 
 
 def shifted(depth: int, seq: int) -> slice:
@@ -52,8 +53,7 @@ class MultiTokenPrediction(nn.Module):
         super().__init__()
         decoder: Any = model.base_model
         last = len(blocks(model)) - 1
-        if not hasattr(decoder, "norm"):
-            raise SpecError(f"{type(model).__name__} is no decoder whose last norm can be told apart")
+        last_norm(model)
         self.depth = depth
         self._model = (model,)  # in a tuple, so that torch does not take it for a part of this module
         self._types = layer_types(model, last)
@@ -101,6 +101,7 @@ class _Step(nn.Module):
 
 def save_mtp(state: dict[str, Tensor], depth: int, folder: Path) -> None:
     """Write the `state` of `depth` modules beside the model in `folder`; nothing in it is the model's."""
+    (folder / FOLDER).mkdir(exist_ok=True)
     save_file(state, folder / WEIGHTS)
     (folder / FACTS).write_text(json.dumps({"depth": depth}), encoding="utf-8")
 

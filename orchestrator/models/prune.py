@@ -70,7 +70,7 @@ def check_prunable(model: PreTrainedModel, shape: PrunedStudent, section: str) -
     for name, norm in width_norms(model).items():
         if _offset(norm) is None:
             raise SpecError(f"{refused}: {name} is no RMSNorm")
-    _pruned_config(model, shape, section)
+    pruned_config(model, shape, section)
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def prune(model: PreTrainedModel, shape: PrunedStudent, importance: Importance, 
     Raises `SpecError` as `check_prunable` does.
     """
     check_prunable(model, shape, section)
-    config: Any = _pruned_config(model, shape, section)
+    config: Any = pruned_config(model, shape, section)
     kept = _Kept.of(importance, config)
     for key in PER_BLOCK:
         if values := getattr(model.config, key, None):
@@ -101,7 +101,7 @@ def prune(model: PreTrainedModel, shape: PrunedStudent, importance: Importance, 
     return made.train(model.training)
 
 
-def _pruned_config(model: PreTrainedModel, shape: PrunedStudent, section: str) -> PreTrainedConfig:
+def pruned_config(model: PreTrainedModel, shape: PrunedStudent, section: str) -> PreTrainedConfig:
     """The configuration of `model` at `shape`, as if the first blocks were kept."""
     config: Any = copy.deepcopy(model.config)
     config.head_dim = _head_dim(config)

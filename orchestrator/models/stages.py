@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from orchestrator.errors import SpecError
 from orchestrator.models.features import blocks
+from orchestrator.models.head import TRIAL_IDS, last_hidden
 
 
 class Embedding(nn.Module):
@@ -67,13 +69,32 @@ def pieces(model: PreTrainedModel) -> Pieces:
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert embed is not None and head is not None
     tied = head.weight is embed.weight
-    base: Any = model.base_model
-    return Pieces(
-        Embedding(embed),
-        [Block(model, number) for number in range(len(blocks(model)))],
-        Final(base.norm, None if tied else head),
-        tied,
-    )
+    cut = [Block(model, number) for number in range(len(blocks(model)))]
+    return Pieces(Embedding(embed), cut, Final(last_norm(model), None if tied else head), tied)
+
+
+@torch.no_grad()
+def check_pieces(model: PreTrainedModel, section: str) -> None:
+    """Raise `SpecError` naming `section` if the pieces of `model` make anything else than the whole does."""
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(TRIAL_IDS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    cut = pieces(model)
+    hidden, whole = cut.embedding(ids), last_hidden(model, ids)
+    for block in cut.blocks:
+        hidden = block(hidden)
+    same = torch.allclose(cut.final(hidden), whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()), equal_nan=True)
+    model.train(was_training)
+    if not same:
+        raise SpecError(f"{section}: {type(model).__name__} does more than to pass on hidden states from block to block")
+
+
+def last_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm after the last block of `model`; raises `SpecError` where there is none under that name."""
+    norm: Any = getattr(model.base_model, "norm", None)
+    if not isinstance(norm, nn.Module):
+        raise SpecError(f"{type(model).__name__} is no decoder whose last norm can be told apart")
+    return norm
 
 
 def with_layers(base: Any, layers: list[nn.Module], layer_types: list[str] | None, norm: nn.Module) -> Any:

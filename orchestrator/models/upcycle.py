@@ -29,7 +29,7 @@ def upcycle(
 
     Raises `SpecError` naming `section` for a type that no mixture matches and for a value that the mixture cannot hold.
     """
-    config = _mixture_config(model.config, experts, experts_per_token, section)
+    config = mixture_config(model.config, experts, experts_per_token, section)
     with no_init_weights(), torch.device(model.device):  # every weight is set below
         mixture: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
     mixture.tie_weights()
@@ -50,7 +50,7 @@ def upcycle(
     return mixture.train(model.training)
 
 
-def _mixture_config(dense: PreTrainedConfig, experts: int, experts_per_token: int, section: str) -> PreTrainedConfig:
+def mixture_config(dense: PreTrainedConfig, experts: int, experts_per_token: int, section: str) -> PreTrainedConfig:
     """The configuration of the mixture: all that both types know is taken from `dense`."""
     if dense.model_type not in MIXTURES:
         raise SpecError(f"{section}: {dense.model_type!r} has no matching mixture of experts; valid are {', '.join(MIXTURES)}")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 from orchestrator.errors import SpecError
 from orchestrator.plan.cluster import Calibration, Cluster, assumed_calibration, parse_cluster
 from orchestrator.plan.estimate import Split, Workload, advice, balanced
 from orchestrator.plan.layout import layout_of
-from orchestrator.plan.make import Plan, decoder_of, student_model, vocabulary
+from orchestrator.plan.make import Plan, decoder_of, vocabulary
 from orchestrator.plan.memory import label_bytes_per_token
-from orchestrator.spec.model import PretrainTeacher
+from orchestrator.plan.sizes import Decoder, decoder
+from orchestrator.spec.job import Job
+from orchestrator.spec.model import CheckpointStudent, ConfigStudent, PretrainTeacher, TransformersTeacher
 
 
 def capacity(plan: Plan, cluster: str, price_per_hour: float | None, tflops: tuple[float, float] | None) -> list[str]:
@@ -17,6 +23,8 @@ def capacity(plan: Plan, cluster: str, price_per_hour: float | None, tflops: tup
     `tflops` are rates that were measured, sustained by one device that trains the student and by one that labels; without
     them a share of the peak is assumed. Raises `SpecError` for a job whose models' sizes are not in the job file.
     """
+    if tflops and min(tflops) <= 0:
+        raise SpecError(f"--tflops: {tflops[0]:g} {tflops[1]:g}, but both must be above 0")
     found, work = parse_cluster(cluster), workload(plan)
     layout = layout_of(plan.job.train)
     precisions = plan.job.train.precision, plan.job.teacher.dtype
@@ -29,14 +37,8 @@ def capacity(plan: Plan, cluster: str, price_per_hour: float | None, tflops: tup
 
 def workload(plan: Plan) -> Workload:
     """The job as far as its cost goes."""
-    job, vocab = plan.job, vocabulary(plan.job)
-    teacher = job.teacher.model if isinstance(job.teacher, PretrainTeacher) else None
-    shapes = [decoder_of(model, vocab) for model in (student_model(job), teacher)]
-    for name, shape in zip(("student", "teacher"), shapes, strict=True):
-        if shape is None:
-            raise SpecError(f"{name}: its size is not in the job file (a configuration of a known type); a cluster needs it")
-    student, teacher_shape = shapes
-    assert student is not None and teacher_shape is not None
+    job, teacher_shape = plan.job, _teacher(plan.job)
+    student = _student(plan.job, teacher_shape)
     return Workload(
         student=student,
         teacher=teacher_shape,
@@ -48,6 +50,32 @@ def workload(plan: Plan) -> Workload:
         teacher_precision=job.teacher.dtype,
         teacher_rows=job.teacher.micro_batch,
     )
+
+
+def _teacher(job: Job) -> Decoder:
+    if isinstance(job.teacher, PretrainTeacher):
+        return _known(decoder_of(job.teacher.model, vocabulary(job)), "teacher")
+    return _in_folder(job.teacher.path if isinstance(job.teacher, TransformersTeacher) else None, "teacher")
+
+
+def _student(job: Job, teacher: Decoder) -> Decoder:
+    student = job.student
+    if isinstance(student, ConfigStudent):
+        return _known(decoder_of(student.model, vocabulary(job) or teacher.vocab), "student")
+    return _in_folder(student.path if isinstance(student, CheckpointStudent) else None, "student")
+
+
+def _in_folder(path: str | None, name: str) -> Decoder:
+    """What config.json of a local checkpoint describes."""
+    file = Path(path or "").expanduser() / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text()) if path and file.is_file() else {}
+    return _known(decoder(str(config.get("model_type")), config, config.get("vocab_size")), name)
+
+
+def _known(shape: Decoder | None, name: str) -> Decoder:
+    if shape is None:
+        raise SpecError(f"{name}: neither the job file nor a local config.json says its size; a plan for a cluster needs it")
+    return shape
 
 
 def _lines(split: Split, cluster: Cluster, measured: bool) -> list[str]:

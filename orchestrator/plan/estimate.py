@@ -191,7 +191,8 @@ def nearby(layout: Layout) -> Iterator[Layout]:
     """Strategies that need less memory than `layout`, on as many workers, the smallest change first."""
     stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
     most = 1 if layout.pipeline > 1 else 3
-    for offload in ("none", "cpu") if layout.offload == "none" else ("cpu",):
+    offloads: tuple[Literal["none", "cpu"], ...] = ("none",) if layout.pipeline > 1 or layout.expert > 1 else ("none", "cpu")
+    for offload in offloads if layout.offload == "none" else ("cpu",):
         for checkpointing in (False, True) if not layout.checkpointing else (True,):
             for stage in stages[layout.zero_stage : most + 1]:
                 other = replace(layout, zero_stage=stage, offload=offload, checkpointing=checkpointing)

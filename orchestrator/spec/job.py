@@ -82,6 +82,17 @@ class Job(Spec):
         return self
 
     @model_validator(mode="after")
+    def _fp8_takes_the_batch(self) -> Job:
+        train, rows = self.train, self.train.global_batch // self.train.data_parallel
+        least = 128 if train.fp8_recipe == "blockwise" else 16
+        tokens = min(train.micro_batch, rows) * self.data.seq_len
+        if train.precision == "fp8" and tokens % least:
+            raise ValueError(
+                f"train.precision fp8: {tokens} tokens in a micro-batch (rows x seq_len) are no multiple of {least}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tokenizer_fits_teacher(self) -> Job:
         own = isinstance(self.data.tokenizer, TeacherTokenizer)
         if isinstance(self.teacher, PretrainTeacher) == own:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from orchestrator.models.router import RouterWatch, routers
+from orchestrator.models.router import RouterWatch, Routing, routers
 from orchestrator.plan.batch import Batch
 from orchestrator.student.job import TrainingJob
 
@@ -22,12 +22,15 @@ class Experts:
     experts: int
     picks: int
     """Experts that a token is sent to."""
+    ahead: bool
+    """Whether layers of multi-token-prediction modules are among them."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Experts | None:
         """None for a dense model."""
         found: list[Any] = list(routers(model).values())
-        return cls(len(found), found[0].num_experts, found[0].top_k) if found else None
+        ahead = any(name.startswith("mtp.") for name in routers(model))
+        return cls(len(found), found[0].num_experts, found[0].top_k, ahead) if found else None
 
 
 class Balance:
@@ -40,7 +43,9 @@ class Balance:
         self._watch = RouterWatch(module, train.router_aux_weight, scale, kind.layers, f"{job.stage}.model")
         self._bias_rate = train.router_bias_rate
         self._ranks = train.data_parallel
-        self._tokens = train.global_batch * job.manifest.seq_len
+        # A module that predicts further ahead meets one position less, the deeper the fewer.
+        missing = job.ahead.depth * (job.ahead.depth + 1) // 2 if kind.ahead else 0
+        self._tokens = train.global_batch * (job.manifest.seq_len * kind.layers - missing)
 
     def after_step(self, device: torch.device) -> torch.Tensor:
         """Move the routers' biases; (mean balance loss, greatest load over mean load, share of dropped picks), [3].
@@ -49,11 +54,11 @@ class Balance:
         """
         kind, taken = self._kind, self._watch.take()
         aux, load = torch.zeros(kind.layers, device=device), torch.zeros(kind.layers, kind.experts, device=device)
-        aux[self._rows], load[self._rows] = taken.aux.to(aux), taken.load.to(load)
+        if self._rows:
+            aux[self._rows], load[self._rows] = taken.aux.to(aux), taken.load.to(load)
         dist.all_reduce(aux)
         dist.all_reduce(load)
-        if self._watch.biased and self._bias_rate:
+        if self._rows and self._watch.biased and self._bias_rate:
             self._watch.update_bias(self._bias_rate, load[self._rows])
-        busiest = (load.amax(1) / load.mean(1)).max()
-        picks = self._tokens * kind.picks * kind.layers
-        return torch.stack([aux.mean() / self._ranks, busiest, 1 - load.sum() / picks])
+        busiest = Routing(aux, load).imbalance().max().float()
+        return torch.stack([aux.mean() / self._ranks, busiest, 1 - load.sum() / (self._tokens * kind.picks)])

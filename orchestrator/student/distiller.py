@@ -16,7 +16,9 @@ from orchestrator.models.features import captured, feature_widths, layer_count
 from orchestrator.models.fp8 import fp8_hardware, to_fp8
 from orchestrator.models.head import check_head, last_hidden, output_head
 from orchestrator.models.mtp import MultiTokenPrediction, shifted
+from orchestrator.models.stages import check_pieces
 from orchestrator.spec.labels import kept_features
+from orchestrator.spec.train import Pipeline
 from orchestrator.student.job import Initial, Soft, TrainingJob
 
 TERMS = 5
@@ -87,6 +89,8 @@ def start_model(job: TrainingJob) -> PreTrainedModel:
     else:
         model = build_model(job.model, job.vocab_size, job.seed, job.stage)
     check_head(model, job.stage)
+    if job.ahead.depth or isinstance(job.train.parallel, Pipeline):
+        check_pieces(model, job.stage)
     if job.train.precision == "fp8":
         emulate = job.train.gpus_per_worker == 0 or not fp8_hardware()
         to_fp8(model, job.train.fp8_recipe, emulate, f"{job.stage}.model")

@@ -18,15 +18,11 @@ from transformers import PreTrainedModel
 
 from orchestrator.errors import SpecError
 from orchestrator.student._compat import recorders_by_name
-
-FAMILIES = ("deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe")
-"""Model types whose routing stays what it is. Of others AutoEP would make something else without a word (glm4_moe).
-
-One difference: under bf16 the router of deepseek_v3 computes its logits in bf16, in transformers in fp32."""
+from orchestrator.student.preflight import FAMILIES
 
 
 def check_experts(model: PreTrainedModel, size: int, section: str) -> None:
-    """Raise `SpecError` if the experts of `model`, as transformers builds it, cannot be spread over `size` ranks.
+    """Raise `SpecError` if the experts of `model`, of one of `FAMILIES`, cannot be spread over `size` ranks.
 
     `section` is that of the training, `train` or `teacher.train`.
     """
@@ -34,8 +30,7 @@ def check_experts(model: PreTrainedModel, size: int, section: str) -> None:
     from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 
     config: Any = model.config
-    if config.model_type not in FAMILIES:
-        raise SpecError(f"{section}.parallel.kind: 'expert' cannot train models of type {config.model_type!r}")
+    assert config.model_type in FAMILIES
     if getattr(config, "router_jitter_noise", 0):
         raise SpecError(f"{section}.parallel.kind: 'expert' has no router_jitter_noise, which the model asks for")
     # Without the pattern of `deepspeed_config`: the names in here begin at the model, not at what is around it.

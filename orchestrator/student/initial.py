@@ -23,6 +23,7 @@ from orchestrator.models.upcycle import upcycle
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.spec.model import CheckpointStudent, PrunedStudent, UpcycledStudent
 from orchestrator.store.files import Store
+from orchestrator.store.lock import exclusive
 from orchestrator.store.records import MODEL, ModelFolder, TokenManifest, describe_folder, finish_model, finished_model
 from orchestrator.store.shards import read_tokens
 from orchestrator.student.job import Initial
@@ -53,6 +54,8 @@ class Origin:
         ids, wanted = vocab_size_of(folder, "student.path"), self.teacher.manifest.vocab_size
         if ids != wanted:
             raise SpecError(f"student.path: the vocabulary of {folder} has {ids} ids, the teacher's {wanted}")
+        if not (folder / "tokenizer.json").is_file():
+            raise SpecError(f"student.path: {folder} has no tokenizer.json, so nobody knows whether its ids are the teacher's")
         if _vocabulary(folder) != _vocabulary(self.teacher.path):
             raise SpecError(f"student.path: the tokenizer of {folder} has other ids for its tokens than the teacher's")
         return folder
@@ -62,8 +65,9 @@ class Origin:
         if isinstance(self.student, PrunedStudent):
             source = [self.teacher.manifest.content, self.manifest.content]
         else:
-            weights = describe_folder(self.folder, [p.name for p in self.folder.glob("*.safetensors")])
-            source = [{name: record.sha256 for name, record in weights.items()}, self.seed]
+            files = describe_folder(self.folder, ["config.json", *(p.name for p in self.folder.glob("*.safetensors"))])
+            seed = self.seed if isinstance(self.student, UpcycledStudent) else None
+            source = [{name: record.sha256 for name, record in files.items()}, seed]
         made = self.student.model_dump(mode="json", exclude={"mtp_depth", "mtp_weight", "path", "revision"})
         return fingerprint("initial", made, source)
 
@@ -75,14 +79,15 @@ class Origin:
 def finished_initial(origin: Origin) -> Initial | None:
     """What an earlier run made of `origin`."""
     done = finished_model(origin.store, origin.stage)
-    return None if done is None else Initial(folder=done.path, content=done.manifest.weights)
+    return None if done is None else Initial(folder=done.path, content=done.manifest.content)
 
 
 def make_initial(origin: Origin) -> Initial:
     """Make the first weights; raises `SpecError` for an architecture or sizes that do not allow it."""
-    ray.get(_make_task.remote(origin))
-    done = finish_model(origin.store, origin.stage, origin.teacher.manifest.vocab_size, {})
-    return Initial(folder=done.path, content=done.manifest.weights)
+    with exclusive(origin.store.path(f"{origin.stage}/lock")):
+        ray.get(_make_task.remote(origin))
+        done = finish_model(origin.store, origin.stage, origin.teacher.manifest.vocab_size, {})
+    return Initial(folder=done.path, content=done.manifest.content)
 
 
 @ray.remote(num_cpus=1)
@@ -115,5 +120,4 @@ def _rows(origin: Origin, count: int) -> torch.Tensor:
 
 
 def _vocabulary(folder: Path) -> object:
-    file = folder / "tokenizer.json"
-    return json.loads(file.read_text())["model"].get("vocab") if file.is_file() else None
+    return json.loads((folder / "tokenizer.json").read_text())["model"].get("vocab")

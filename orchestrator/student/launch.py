@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,9 @@ from orchestrator.store.files import Store
 from orchestrator.store.lock import exclusive
 from orchestrator.store.records import ModelFolder, finished_model
 from orchestrator.student.job import TrainingJob
+
+BROKEN_LINK = re.compile(r"connection|gloo|nccl|socket|broken pipe|timed out|rendezvous", re.IGNORECASE)
+"""What torch says to the neighbours of a worker that died."""
 
 
 def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str, say: Callable[[str], None]) -> ModelFolder:
@@ -53,7 +57,7 @@ def _programming_error(error: Exception, alone: bool) -> Exception | None:
     """
     failures: list[Exception] = list(getattr(error, "worker_failures", {}).values())
     raised = [e for e in failures if not type(e).__module__.startswith("ray.")]
-    bugs = [e for e in raised if alone or not isinstance(e, RuntimeError)]
+    bugs = [e for e in raised if alone or not (isinstance(e, RuntimeError) and BROKEN_LINK.search(str(e)))]
     return bugs[0] if bugs else None
 
 

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from orchestrator.errors import SpecError
 from orchestrator.losses.objective import Mixture
 from orchestrator.models.mtp import MultiTokenPrediction
 from orchestrator.models.router import routers
@@ -37,11 +36,6 @@ class Pipelined:
         assert isinstance(parallel, Pipeline)
         self.model = start_model(job)
         cut = pieces(self.model)
-        if len(cut.blocks) < parallel.parts:
-            raise SpecError(
-                f"train.parallel: {parallel.schedule} over {parallel.stages} stages cuts the model in {parallel.parts} pieces, "
-                f"but {job.stage} has {len(cut.blocks)} layers"
-            )
         self._loss = _Loss(self.model)
         experts, whole = Experts.of(self.model), list(routers(self.model).values())
         module = _pipeline(cut, parallel, self._loss)
@@ -64,19 +58,21 @@ class Pipelined:
         return mean
 
     def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        held = {name: value for name, value in module.state_dict().items() if not value.is_meta}
+        everything = module.state_dict(keep_vars=True)
+        held = {name: value for name, value in everything.items() if not value.is_meta}
         holders: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(holders, list(held))
         state: dict[str, torch.Tensor] = {}
-        for name, value in module.state_dict().items():
+        for name, value in everything.items():
+            kept = dtype if isinstance(value, nn.Parameter) else value.dtype
             holder = next(rank for rank, names in enumerate(holders) if name in names)
             if dist.get_rank() == 0:
-                whole = held[name].detach() if holder == 0 else torch.empty_like(value, dtype=dtype, device=self.engine.device)
+                whole = held[name].detach() if holder == 0 else torch.empty_like(value, dtype=kept, device=self.engine.device)
                 if holder != 0:
                     dist.recv(whole, src=holder)
-                state[name] = whole.to("cpu", dtype)
+                state[name] = whole.to("cpu", kept)
             elif dist.get_rank() == holder:
-                dist.send(held[name].detach().to(dtype).contiguous(), dst=0)
+                dist.send(held[name].detach().to(kept).contiguous(), dst=0)
         return state
 
 

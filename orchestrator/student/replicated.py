@@ -27,9 +27,9 @@ class Replicated:
         join_group()
         distiller = build_distiller(job)
         self.model, self.mtp = distiller.model, distiller.mtp
-        experts = Experts.of(self.model)
+        experts = Experts.of(distiller)
         self.engine = self._start(distiller, job)
-        self.balance = Balance(job, self.model, experts, list(range(experts.layers))) if experts else None
+        self.balance = Balance(job, distiller, experts, list(range(experts.layers))) if experts else None
         self.data_rank = dist.get_rank()
         self._zero_stage = job.train.parallel.stage
 
@@ -54,14 +54,18 @@ class Replicated:
         return means.detach()
 
     def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        state = {name: value.detach().to("cpu", dtype) for name, value in module.state_dict().items()}
+        first = dist.get_rank() == 0
+        state = {
+            name: value.detach().to("cpu", dtype if isinstance(value, nn.Parameter) else None)
+            for name, value in (module.state_dict(keep_vars=True).items() if first else ())
+        }
         if self._zero_stage < 3:
             return state
         import deepspeed
 
         for name, parameter in module.named_parameters(remove_duplicate=False):
             with deepspeed.zero.GatheredParameters([parameter]):
-                if dist.get_rank() == 0:
+                if first:
                     state[name] = parameter.detach().to("cpu", dtype).clone()
         return state
 

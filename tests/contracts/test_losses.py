@@ -57,6 +57,7 @@ HEADS = {"plain": (False, 1.0, None), "bias": (True, 1.0, None), "scaled": (Fals
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "head_rows", lambda *_: ROWS_PER_CHUNK)
+    monkeypatch.setattr(chunked, "NARROWED_AT_A_TIME", 5)
 
 
 @dataclass(frozen=True)

@@ -355,6 +355,6 @@ def test_saved_beside_the_model_and_loaded(seed: int, name: str, tmp_path: Path)
         second = again(last_hidden(loaded, ids[:, :-1]), ids)
     assert all(torch.equal(old, new) for old, new in zip(first, second, strict=True))
     own = sum(p.numel() for p in mtp.parameters()) * 4
-    assert own <= (tmp_path / "mtp.safetensors").stat().st_size < own + 8192, "nothing of the model is stored"
+    assert own <= (tmp_path / "mtp" / "weights.safetensors").stat().st_size < own + 8192, "nothing of the model is stored"
     narrow = load_mtp(load_model(tmp_path, "bf16", torch.device("cpu")), tmp_path)
     assert narrow is not None and {p.dtype for p in narrow.parameters()} == {torch.bfloat16}

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.errors import SpecError
 from orchestrator.models.build import build_model
 from orchestrator.models.head import last_hidden
-from orchestrator.models.stages import pieces
+from orchestrator.models.stages import check_pieces, pieces
 from orchestrator.spec.model import Model
 
 VOCAB = 67
@@ -57,6 +58,17 @@ def test_the_pieces_make_what_the_whole_makes(seed: int, name: str) -> None:
     for block in [*cut.blocks[1:], cut.blocks[0]]:
         swapped = block(swapped)
     assert not torch.allclose(cut.final(swapped), whole, atol=1e-3), "the order of blocks matters"
+
+
+def test_a_model_whose_pieces_do_something_else_is_refused(seed: int) -> None:
+    for spec in MODELS.values():
+        check_pieces(build_model(spec, VOCAB, seed, "student"), "student")
+    granite = build_model(Model(type="granite", config={**SMALL, "embedding_multiplier": 12.0}), VOCAB, seed, "student")
+    with pytest.raises(SpecError, match="student: GraniteForCausalLM does more than to pass on hidden states"):
+        check_pieces(granite, "student")
+    phi = build_model(Model(type="phi", config={k: v for k, v in SMALL.items() if k != "num_key_value_heads"}), VOCAB, 0, "x")
+    with pytest.raises(SpecError, match="PhiForCausalLM is no decoder whose last norm can be told apart"):
+        check_pieces(phi, "student")
 
 
 def test_the_pieces_own_every_parameter_once(seed: int) -> None:

@@ -40,6 +40,12 @@ def jobs(folder: Path) -> dict[str, Json]:
         ),
         "eight": ({"kind": "config", "model": model(3)}, {"precision": "fp8"}),
         "unlike": ({"kind": "upcycled", "path": str(folder / "nothing")}, {}),
+        "shallow": (
+            {"kind": "config", "model": model(2)},
+            TWO | {"micro_batch": 1, "parallel": {"kind": "pipeline", "stages": 2, "schedule": "dualpipev"}},
+        ),
+        "thin": ({"kind": "config", "model": model(2)}, {"precision": "fp8", "parallel": {"kind": "zero", "stage": 1}}),
+        "wide": ({"kind": "pruned", "hidden_size": 64}, {}),
         "dense": ({"kind": "config", "model": model(2)}, TWO | {"parallel": {"kind": "expert", "size": 2}}),
     }
     train = plain["train"] | {"steps": 8, "warmup_steps": 2, "micro_batch": 2}
@@ -90,7 +96,7 @@ def test_what_has_learnt_before_is_ahead_of_what_starts_from_nothing(outcomes: d
 def test_multi_token_prediction_is_measured_and_exported(outcomes: dict[str, Json]) -> None:
     found = figures(outcomes, "latent")
     assert found["mtp_tokens_per_forward"] == pytest.approx(1 + found["mtp_acceptance_1"])
-    assert (outcomes["latent"]["storage"] / "runs" / "latent" / "export" / "mtp.safetensors").is_file()
+    assert (outcomes["latent"]["storage"] / "runs" / "latent" / "export" / "mtp" / "weights.safetensors").is_file()
     assert "mtp_acceptance_1" not in figures(outcomes, "cut")
 
 
@@ -98,7 +104,10 @@ def test_multi_token_prediction_is_measured_and_exported(outcomes: dict[str, Jso
     ("name", "code", "message"),
     [
         ("unlike", 2, "student.path: {root}/nothing is not a directory"),
-        ("dense", 2, "train.parallel.kind: 'expert' cannot train models of type 'llama'"),
+        ("dense", 2, "train.parallel.kind: 'expert' cannot train models of type 'llama', only deepseek_v3, mixtral"),
+        ("shallow", 2, "train.parallel.stages: dualpipev over 2 stages cuts the model in 4, but it has 2 layers"),
+        ("thin", 2, "train.precision: fp8 leaves the first and the last block in bf16, and the model has 2 in all"),
+        ("wide", 2, "student.hidden_size: 64 asked for, but LlamaForCausalLM has 32"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(outcomes: dict[str, Json], name: str, code: int, message: str) -> None:

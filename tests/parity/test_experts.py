@@ -311,6 +311,7 @@ def look_at_the_stopgap(world: int) -> dict[str, Any]:
 
 def refusals() -> dict[str, str]:
     from orchestrator.student.experts import check_experts
+    from orchestrator.student.preflight import check_strategy
 
     jitter = MODELS["mixtral"].config | {"router_jitter_noise": 0.1}
     gelu = MODELS["mixtral"].config | {"hidden_act": "gelu"}
@@ -325,8 +326,10 @@ def refusals() -> dict[str, str]:
     }
     found = {}
     for name, (model, size) in asked.items():
+        built = build_model(model, VOCAB, SEED, "student")
         try:
-            check_experts(build_model(model, VOCAB, SEED, "student"), size, "train")
+            check_strategy(built.config, train_of(Case("mixtral", 1), 2), "train")
+            check_experts(built, size, "train")
         except SpecError as error:
             found[name] = str(error)
     return found
@@ -434,9 +437,10 @@ def test_what_cannot_be_spread_is_refused(results: Any) -> None:
     print(found)
     assert found.pop("activation").startswith("train.parallel.kind: 'expert' cannot train this model: ")
     assert found.pop("all dense").startswith("train.parallel.kind: 'expert' cannot train this model: ")
+    valid = "only deepseek_v3, mixtral, qwen2_moe, qwen3_moe"
     assert found == {
-        "dense": "train.parallel.kind: 'expert' cannot train models of type 'llama'",
-        "unknown routing": "train.parallel.kind: 'expert' cannot train models of type 'olmoe'",
+        "dense": f"train.parallel.kind: 'expert' cannot train models of type 'llama', {valid}",
+        "unknown routing": f"train.parallel.kind: 'expert' cannot train models of type 'olmoe', {valid}",
         "jitter": "train.parallel.kind: 'expert' has no router_jitter_noise, which the model asks for",
         "three": "train.parallel.size: 3 workers cannot share the 4 experts of a layer",
     }
