@@ -32,6 +32,8 @@ def explain(plan: Plan) -> str:
     if plan.teacher:
         lines += ["", "teacher, trained here", *_training_lines(plan.teacher)]
     lines += ["", "student", *_training_lines(plan.student)]
+    if plan.job.train.precision == "fp8" and plan.job.train.gpus_per_worker == 0:
+        lines.append("  fp8       emulated, for no GPU is asked for: rounds as fp8 does and is slower than bf16")
     size = plan.label_bytes_at_most / 2**20
     lines += ["", f"labels: {plan.label_rows:,} rows, {plan.job.labels.kind}, at most {size:,.0f} MiB"]
     lines += ["", "deepspeed", json.dumps(plan.student.deepspeed, indent=2)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.plan.batch import Batch
+from orchestrator.plan.capacity import capacity, workload
 from orchestrator.plan.deepspeed_config import deepspeed_config
+from orchestrator.plan.explain import explain
 from orchestrator.plan.layout import Layout, layout_of
+from orchestrator.plan.make import make_plan
 from orchestrator.plan.schedule import learning_rate
 from orchestrator.spec.load import load_job
 from orchestrator.spec.train import Train
@@ -69,6 +73,38 @@ def test_what_deepspeed_is_told() -> None:
     assert deepspeed_config(Train(precision="fp8"))["bf16"] == {"enabled": True}, "fp8 exists inside of products only"
     experts = deepspeed_config(Train(workers=2, parallel={"kind": "expert"}))  # type: ignore[arg-type]
     assert experts["expert_parallel"]["autoep_size"] == 2
+
+
+def test_the_plan_says_aloud_that_fp8_is_emulated() -> None:
+    said = "emulated, for no GPU is asked for"
+    asked = ["train.precision=fp8"]
+    assert said in explain(make_plan(load_job(JOBS / "quickstart.yaml", asked)))
+    assert said not in explain(make_plan(load_job(JOBS / "quickstart.yaml", [*asked, "train.gpus_per_worker=1"])))
+    assert said not in explain(make_plan(load_job(JOBS / "quickstart.yaml")))
+
+
+def test_a_cluster_that_need_not_exist() -> None:
+    plan = make_plan(load_job(JOBS / "quickstart.yaml"))
+    lines = "\n".join(capacity(plan, "8xH100", 2.5, None))
+    assert "on 8 H100 (1 nodes), at 40 % of the peak, which is assumed" in lines
+    assert "cost" in lines
+    slow, fast = ("\n".join(capacity(plan, "8xH100", None, rates)) for rates in ((0.001, 0.001), (0.1, 0.1)))
+    assert "as measured" in slow
+    assert slow != fast
+    with pytest.raises(SpecError, match="--tflops: 0 1, but both must be above 0"):
+        capacity(plan, "8xH100", None, (0, 1))
+
+
+def test_a_folder_says_how_large_a_teacher_is(tmp_path: Path) -> None:
+    values = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    values |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    settings = ["data.tokenizer={kind: teacher}", f"teacher={{kind: transformers, path: {tmp_path}}}"]
+    settings.append("student.model.config.vocab_size=128256")
+    plan = make_plan(load_job(JOBS / "quickstart.yaml", settings))
+    assert workload(plan).teacher.total == 8_030_261_248, "Llama 3.1 8B"
+    with pytest.raises(SpecError, match=r"^teacher: neither the job file nor a local config.json says its size"):
+        workload(make_plan(load_job(JOBS / "quickstart.yaml", [settings[0], "teacher={kind: transformers, path: a/b}"])))
 
 
 def test_warmup_stable_decay() -> None:
