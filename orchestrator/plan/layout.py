@@ -112,11 +112,14 @@ def shares(model: Decoder, layout: Layout, micro_batches: int) -> list[Share]:
 def bubble(layout: Layout, micro_batches: int) -> float:
     """Share of a step in which a worker of the pipeline waits, when the way back takes twice the way out.
 
-    1F1B: (p-1)(F+B) beside m(F+B). DualPipeV, a piece being half as long: (p-1)(F&B + B - 3W) beside 2m(F+B), with
-    F&B = F+B, B = 2F, W = F (DeepSeek-AI's DualPipe, cut in half).
+    1F1B: (p-1)(F+B) beside m(F+B). DualPipeV, a piece being half as long: (p-1)(F+2B) - F beside 2m(F+B). DeepSeek-AI's own
+    waits (p-1)(F&B + B - 3W) only, for it puts off the gradients of weights; DeepSpeed 0.19.8 makes them with the others
+    (tests/bench/pipelines.py plays both schedules).
     """
-    idle = layout.pipeline - 1
-    busy = micro_batches if layout.parts == layout.pipeline else 3 * micro_batches
+    if layout.pipeline == 1:
+        return 0.0
+    one_way = layout.parts == layout.pipeline
+    idle, busy = (layout.pipeline - 1, micro_batches) if one_way else (5 * layout.pipeline - 6, 6 * micro_batches)
     return idle / (busy + idle)
 
 

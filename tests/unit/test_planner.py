@@ -102,8 +102,8 @@ def test_the_bubble_of_1f1b_is_that_of_a_simulated_one(stages: int, micro_batche
 
 
 def test_the_bubble_of_dualpipev() -> None:
-    """(p-1)(F&B + B - 3W) beside 2m(F+B), with F = W = 1, B = 2, F&B = 3."""
-    idle, busy = 3 * (3 + 2 - 3), 2 * 10 * (1 + 2)
+    """(p-1)(F+2B) - F beside 2m(F+B), with F = 1, B = 2."""
+    idle, busy = 3 * (1 + 2 * 2) - 1, 2 * 10 * (1 + 2)
     assert bubble(Layout(pipeline=4, schedule="dualpipev"), 10) == pytest.approx(idle / (idle + busy))
     assert bubble(Layout(schedule="dualpipev"), 10) == 0
 
