@@ -17,7 +17,7 @@ from orchestrator.store.lock import exclusive
 from orchestrator.store.records import ModelFolder, finished_model
 from orchestrator.student.job import TrainingJob
 
-BROKEN_LINK = re.compile(r"connection|gloo|nccl|socket|broken pipe|timed out|rendezvous", re.IGNORECASE)
+BROKEN_LINK = re.compile(r"connection|gloo|nccl|socket|broken pipe|tim(ed |e)out|recv|rendezvous", re.IGNORECASE)
 """What torch says to the neighbours of a worker that died."""
 
 
@@ -53,7 +53,7 @@ def _programming_error(error: Exception, alone: bool) -> Exception | None:
     """The exception of a worker that trying again would only repeat.
 
     A worker that died is reported by an exception of Ray's, and to its neighbours, if it was not `alone`, as a broken
-    connection, which torch raises as a RuntimeError. Whatever else a worker raised is a bug.
+    connection, which torch raises as a RuntimeError that says so. Whatever else a worker raised is a bug.
     """
     failures: list[Exception] = list(getattr(error, "worker_failures", {}).values())
     raised = [e for e in failures if not type(e).__module__.startswith("ray.")]
