@@ -284,6 +284,8 @@ def test_other_labels_and_objectives_go_the_same_way(copied: Json) -> None:
 
 def test_two_workers_learn_what_one_does(first: Finished, copied: Json) -> None:
     two = copied | {"train": copied["train"] | {"workers": 2}, "evaluate": {"rows": 8, "baseline": False}}
+    assert run(two).stages["student"]["status"] == "reused", "their number is no part of a training's name"
+    shutil.rmtree(Path(two["storage"]) / "student")
     storage = run(two).storage
     one, both = (points_by_step(where) for where in (first.storage, storage))
     worst = max(abs(both[step] - one[step]) / one[step] for step in range(STEPS))
