@@ -12,20 +12,10 @@ from orchestrator.plan.cluster import DEVICES, Calibration, Cluster, assumed_cal
 from orchestrator.plan.estimate import Workload, advice, balanced, estimate, nearby, teacher_bytes
 from orchestrator.plan.footprint import Rows, footprint
 from orchestrator.plan.layout import Layout, bubble, shares
-from orchestrator.plan.sizes import Decoder, decoder
 from orchestrator.plan.speed import forward_flops, implied_utilisation, traffic, training_flops, training_speed
+from tests.unit.test_sizes import MLA, SHAPE, known
 
 H800 = parse_cluster("256x8xH800")
-
-
-def known(kind: str, config: dict[str, Any], vocab: int | None = None) -> Decoder:
-    model = decoder(kind, config, vocab)
-    assert model is not None
-    return model
-
-
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-MLA = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "n_group": 2}
 
 # Who holds what.
 
