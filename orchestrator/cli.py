@@ -62,6 +62,7 @@ def plan(
     tflops: Annotated[
         tuple[float, float] | None, typer.Option(help="Measured TFLOP/s of a device: training the student, labelling.")
     ] = None,
+    calibrate: Annotated[bool, typer.Option(help="Measure these rates here first, with --cluster; half a minute.")] = False,
 ) -> None:
     """Show what a job will do: stages, batch algebra, memory, label bytes, DeepSpeed configuration."""
     from orchestrator.plan.explain import as_dict, explain
@@ -70,9 +71,15 @@ def plan(
 
     made = make_plan(load_job(job, overrides or []))
     if cluster is not None:
-        from orchestrator.plan.capacity import capacity
+        from orchestrator.plan.capacity import capacity, given_rates
 
-        print("\n".join(capacity(made, cluster, price, tflops)))
+        rates = given_rates(tflops) if tflops else None
+        if calibrate:
+            from orchestrator.calibration import calibrated
+
+            with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints to stdout
+                rates = calibrated(made.job)
+        print("\n".join(capacity(made, cluster, price, rates)))
         return
     print(json.dumps(as_dict(made), indent=1) if as_json else explain(made))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,69 +13,88 @@ from orchestrator.plan.estimate import Split, Workload, advice, balanced
 from orchestrator.plan.layout import layout_of
 from orchestrator.plan.make import Plan, decoder_of, vocabulary
 from orchestrator.plan.memory import label_bytes_per_token
-from orchestrator.plan.sizes import Decoder, decoder
+from orchestrator.plan.sizes import Decoder, with_mtp
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import CheckpointStudent, ConfigStudent, PretrainTeacher, TransformersTeacher
+from orchestrator.spec.model import CheckpointStudent, ConfigStudent, Model, PretrainTeacher, TransformersTeacher
 
 
-def capacity(plan: Plan, cluster: str, price_per_hour: float | None, tflops: tuple[float, float] | None) -> list[str]:
+def capacity(plan: Plan, cluster: str, price_per_hour: float | None, rates: Calibration | None) -> list[str]:
     """Lines for a person: the best split of `cluster` between teacher and student, and what to change where it does not fit.
 
-    `tflops` are rates that were measured, sustained by one device that trains the student and by one that labels; without
-    them a share of the peak is assumed. Raises `SpecError` for a job whose models' sizes are not in the job file.
+    `rates` are what was measured of one worker on each side; without them a share of the peak is assumed. Raises `SpecError`
+    for a job whose models' sizes are not in the job file.
     """
-    if tflops and min(tflops) <= 0:
-        raise SpecError(f"--tflops: {tflops[0]:g} {tflops[1]:g}, but both must be above 0")
     found, work = parse_cluster(cluster), workload(plan)
     layout = layout_of(plan.job.train)
-    precisions = plan.job.train.precision, plan.job.teacher.dtype
-    rates = Calibration(*(rate * 1e12 for rate in tflops)) if tflops else assumed_calibration(found.device, *precisions)
     if warnings := advice(work, layout, found):
         return warnings
-    split = balanced(work, layout, found, rates, price_per_hour)
-    return _lines(split, found, measured=tflops is not None)
+    assumed = assumed_calibration(found.device, plan.job.train.precision, plan.job.teacher.dtype)
+    split = balanced(work, layout, found, rates or assumed, price_per_hour)
+    return _lines(split, found, measured=rates is not None)
+
+
+def given_rates(tflops: tuple[float, float]) -> Calibration:
+    """Rates that a user has measured: TFLOP/s of one device that trains the student, and of one that labels."""
+    if min(tflops) <= 0:
+        raise SpecError(f"--tflops: {tflops[0]:g} {tflops[1]:g}, but both must be above 0")
+    return Calibration(*(rate * 1e12 for rate in tflops))
 
 
 def workload(plan: Plan) -> Workload:
     """The job as far as its cost goes."""
-    job, teacher_shape = plan.job, _teacher(plan.job)
-    student = _student(plan.job, teacher_shape)
+    job = plan.job
+    models = models_of(job)
+    student = _known(decoder_of(models.student, models.vocab_size), "student")
+    teacher = _known(decoder_of(models.teacher, models.vocab_size), "teacher")
     return Workload(
-        student=student,
-        teacher=teacher_shape,
+        student=with_mtp(student, job.student.mtp_depth),
+        teacher=teacher,
         seq_len=job.data.seq_len,
         micro_rows=plan.student.batch.micro_rows,
         global_rows=job.train.global_batch,
         steps=job.train.steps,
-        label_bytes_per_token=label_bytes_per_token(job.labels, student.vocab, teacher_shape.width),
+        label_bytes_per_token=label_bytes_per_token(job.labels, student.vocab, teacher.width),
         teacher_precision=job.teacher.dtype,
         teacher_rows=job.teacher.micro_batch,
     )
 
 
-def _teacher(job: Job) -> Decoder:
-    if isinstance(job.teacher, PretrainTeacher):
-        return _known(decoder_of(job.teacher.model, vocabulary(job)), "teacher")
-    return _in_folder(job.teacher.path if isinstance(job.teacher, TransformersTeacher) else None, "teacher")
+@dataclass(frozen=True)
+class Models:
+    """Both sides of a job as configurations."""
+
+    student: Model
+    teacher: Model
+    vocab_size: int
 
 
-def _student(job: Job, teacher: Decoder) -> Decoder:
-    student = job.student
-    if isinstance(student, ConfigStudent):
-        return _known(decoder_of(student.model, vocabulary(job) or teacher.vocab), "student")
-    return _in_folder(student.path if isinstance(student, CheckpointStudent) else None, "student")
+def models_of(job: Job) -> Models:
+    """From the job file and local folders alone; raises `SpecError` where they do not say it."""
+    path = job.teacher.path if isinstance(job.teacher, TransformersTeacher) else None
+    teacher = job.teacher.model if isinstance(job.teacher, PretrainTeacher) else _in_folder(path, "teacher")
+    path = job.student.path if isinstance(job.student, CheckpointStudent) else None
+    student = job.student.model if isinstance(job.student, ConfigStudent) else _in_folder(path, "student")
+    vocab = vocabulary(job) or teacher.config.get("vocab_size")
+    if not isinstance(vocab, int):
+        raise SpecError(_UNKNOWN.format("teacher"))
+    return Models(student, teacher, vocab)
 
 
-def _in_folder(path: str | None, name: str) -> Decoder:
+_UNKNOWN = "{}: neither the job file nor a local config.json says its size; a plan for a cluster needs it"
+
+
+def _in_folder(path: str | None, name: str) -> Model:
     """What config.json of a local checkpoint describes."""
     file = Path(path or "").expanduser() / "config.json"
-    config: dict[str, Any] = json.loads(file.read_text()) if path and file.is_file() else {}
-    return _known(decoder(str(config.get("model_type")), config, config.get("vocab_size")), name)
+    if not path or not file.is_file():
+        raise SpecError(_UNKNOWN.format(name))
+    config: dict[str, Any] = json.loads(file.read_text())
+    return Model(type=str(config.pop("model_type", None)), config=config)
 
 
 def _known(shape: Decoder | None, name: str) -> Decoder:
     if shape is None:
-        raise SpecError(f"{name}: neither the job file nor a local config.json says its size; a plan for a cluster needs it")
+        raise SpecError(_UNKNOWN.format(name))
     return shape
 
 

@@ -152,9 +152,9 @@ def _activations(model: Decoder, share: Share, layout: Layout, rows: Rows, on_gp
 
 
 def activation_bytes_per_token(model: Decoder, layout: Layout, seq_len: int, on_gpu: bool) -> float:
-    """Of all blocks and one pass over the logits: what memory traffic is proportional to."""
+    """Of all blocks and the passes over the logits: what memory traffic is proportional to."""
     blocks = sum(block_bytes(model, block, layout.element, seq_len, on_gpu) for block in model.blocks)
-    return blocks + model.vocab * (4 + layout.element)
+    return blocks + model.head_passes * model.vocab * (4 + layout.element)
 
 
 def block_bytes(model: Decoder, block: Block, size: int, seq_len: int, on_gpu: bool) -> float:

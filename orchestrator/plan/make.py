@@ -13,7 +13,7 @@ from orchestrator.plan.deepspeed_config import deepspeed_config
 from orchestrator.plan.footprint import Footprint, Rows, footprint
 from orchestrator.plan.layout import layout_of
 from orchestrator.plan.memory import label_bytes_per_token
-from orchestrator.plan.sizes import Decoder, decoder
+from orchestrator.plan.sizes import Decoder, decoder, with_mtp
 from orchestrator.spec.data import TrainTokenizer
 from orchestrator.spec.job import Job
 from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher
@@ -81,7 +81,7 @@ def make_plan(job: Job) -> Plan:
     return Plan(
         job=job,
         stages=stages,
-        student=_training(student_model(job), job.train, job.data.seq_len, vocab),
+        student=_training(student_model(job), job.train, job.data.seq_len, vocab, job.student.mtp_depth),
         teacher=_training(job.teacher.model, job.teacher.train, job.data.seq_len, vocab)
         if isinstance(job.teacher, PretrainTeacher)
         else None,
@@ -116,13 +116,13 @@ def decoder_of(model: Model | None, vocab: int | None) -> Decoder | None:
     return decoder(model.type, model.config, vocab) if model and vocab else None
 
 
-def _training(model: Model | None, train: Train, seq_len: int, vocab: int | None) -> Training:
+def _training(model: Model | None, train: Train, seq_len: int, vocab: int | None, mtp_depth: int = 0) -> Training:
     shape = decoder_of(model, vocab)
     batch = Batch.of(train)
     if shape is None:
         return Training(None, batch, None, None, deepspeed_config(train))
     rows = Rows(batch.micro_rows, batch.accumulation, seq_len)
-    memory = footprint(shape, layout_of(train), rows, on_gpu=train.gpus_per_worker > 0)
+    memory = footprint(with_mtp(shape, mtp_depth), layout_of(train), rows, on_gpu=train.gpus_per_worker > 0)
     return Training(shape.total, batch, shape.active, memory, deepspeed_config(train))
 
 

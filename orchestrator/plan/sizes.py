@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-from orchestrator.spec.model import Model
 
 DENSE_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 DECODERS = (*DENSE_DECODERS, "mixtral", "qwen3_moe", "deepseek_v3")
@@ -129,6 +127,8 @@ class Decoder:
     embedding: int
     head: int
     """0 where the head is tied to the embedding."""
+    head_passes: int = 1
+    """How often a position meets the head."""
 
     @property
     def total(self) -> int:
@@ -148,13 +148,7 @@ class Decoder:
     def multiplied(self) -> int:
         """Parameters that a token is multiplied with: the active ones less embedding and norms, and the head, tied or not."""
         blocks = sum(block.active - block.norms for block in self.blocks)
-        return blocks + self.vocab * self.width
-
-
-def parameter_count(model: Model, vocab_size: int) -> int | None:
-    """Parameters of a decoder built from `model`; None for a type or a configuration that the planner does not know."""
-    known = decoder(model.type, model.config, vocab_size)
-    return known.total if known else None
+        return blocks + self.head_passes * self.vocab * self.width
 
 
 def decoder(kind: str, config: Mapping[str, Any], vocab_size: int | None = None) -> Decoder | None:
@@ -177,10 +171,12 @@ def decoder(kind: str, config: Mapping[str, Any], vocab_size: int | None = None)
     return Decoder(kind, c["hidden_size"], c["vocab_size"], attention, blocks, embedding, 0 if tied else embedding)
 
 
-def mtp_module(model: Decoder) -> int:
-    """Parameters of DeepSeek-V3's multi-token prediction module over those it shares with the model (arXiv:2412.19437, 2.2):
-    a projection of two widths to one, two norms, one more block, and a last norm."""
-    return 2 * model.width**2 + 2 * model.width + model.blocks[-1].total + model.width
+def with_mtp(model: Decoder, depth: int) -> Decoder:
+    """`model` with `depth` multi-token-prediction modules (arXiv:2412.19437, 2.2), the last of its blocks: each a block with a
+    projection of two widths to one and three norms, whose states pass the shared head once more."""
+    last = model.blocks[-1]
+    module = replace(last, attention=last.attention + 2 * model.width**2, norms=last.norms + 3 * model.width)
+    return replace(model, blocks=model.blocks + (module,) * depth, head_passes=1 + depth)
 
 
 def _values(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def forward_flops(model: Decoder, seq_len: int) -> float:
 
 def training_flops(model: Decoder, seq_len: int, checkpointing: bool = False) -> float:
     """Per token: the way back takes twice the way out; checkpointing passes the blocks once more."""
-    again = forward_flops(model, seq_len) - 2.0 * model.vocab * model.width if checkpointing else 0.0
+    head = 2.0 * model.head_passes * model.vocab * model.width
+    again = forward_flops(model, seq_len) - head if checkpointing else 0.0
     return 3 * forward_flops(model, seq_len) + again
 
 
@@ -56,11 +57,6 @@ def _attention_flops(model: Decoder, seq_len: int) -> float:
     """Scores and their product with the values; a position sees half of the sequence on average."""
     a = model.attention
     return len(model.blocks) * a.heads * (a.qk_dim + a.v_dim) * seq_len
-
-
-def implied_utilisation(model: Decoder, seq_len: int, tokens: float, device_hours: float, peak: float) -> float:
-    """Share of the peak that a training has reached, in the FLOPs of this module."""
-    return training_flops(model, seq_len) * tokens / (device_hours * 3600 * peak)
 
 
 def traffic(model: Decoder, layout: Layout, rows: Rows) -> Traffic:

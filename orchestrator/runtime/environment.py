@@ -19,6 +19,12 @@ def prepare_deepspeed(on_gpu: bool) -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
+def lone_process() -> None:
+    """What a launcher would have set for a group of this process alone."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
 def tracking_uri() -> str | None:
     """The MLflow address a user has set for everything on this machine."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from keep import keep
+
 HERE = Path(__file__).parent
 JOB = HERE.parent.parent / "jobs" / "quickstart.yaml"
 BIN = Path(sys.executable).parent
@@ -52,9 +54,7 @@ def main() -> None:
         "rounds": rounds,
         "side_by_side": streamed,
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "overhead.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("overhead", result)
 
 
 def one_round(storage: Path) -> dict[str, float]:

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from keep import keep
 
 from orchestrator.labels.answer import Answer
 from orchestrator.labels.kinds import LabelKind, label_kind
@@ -68,9 +69,7 @@ class Text:
 def main() -> None:
     torch.set_num_threads(1)
     result = {name: measure(finished(name, shards)) for name, shards in SHARDS.items()}
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "draws.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("draws", result)
 
 
 def finished(name: str, shards: int) -> Text:

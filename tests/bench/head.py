@@ -25,11 +25,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from envs import liger_path
+from keep import keep
 from labels import merged
 from memory import peak, reset_peak
 
@@ -42,7 +42,6 @@ from orchestrator.losses.objective import Mixture
 Tensor = torch.Tensor
 Loss = Callable[["Case"], Tensor]
 
-HERE = Path(__file__).parent
 TOKENS, VOCABS = 1024, (32768, 262144)
 WIDTH, TEACHER_WIDTH = 640, 1024
 SAMPLES = 50
@@ -245,16 +244,13 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--losses", nargs="+", choices=[*BETA, "sampled"], default=[*BETA, "sampled"])
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "head.json")
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(worker(*args.worker)))
         return
     liger_path()
     result = compare(args)
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("head", result)
 
 
 if __name__ == "__main__":

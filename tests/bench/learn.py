@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from keep import keep
 from plain import PlainLoop
 
 from orchestrator.evaluate.measure import Heldout
@@ -88,9 +89,7 @@ def main() -> None:
         for name, values in rows.items()
     }
     result = {"job": JOB.name, "seeds": SEEDS, "variants": table}
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "learn.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("learn", result)
 
 
 def quickstart(overrides: list[str]) -> tuple[Job, Case]:

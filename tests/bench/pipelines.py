@@ -34,6 +34,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from keep import keep
+
 from orchestrator.plan.layout import Layout, bubble
 
 HERE = Path(__file__).parent
@@ -337,8 +339,7 @@ def compared(case: dict[str, Any], single: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "pipelines.json")
-    args = parser.parse_args()
+    parser.parse_args()
     sys.path.append(str(HERE.parent.parent))
     from orchestrator.runtime.environment import prepare_deepspeed
     from tests.parity.ranks import run_on_ranks
@@ -362,9 +363,7 @@ def main() -> None:
         },
         "cases": rows,
     }
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("pipelines", result)
 
 
 if __name__ == "__main__":

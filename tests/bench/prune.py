@@ -13,7 +13,6 @@ import argparse
 import copy
 import importlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from keep import keep
 from memory import peak
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,9 +72,7 @@ def main() -> None:
         "seconds_per_step": seconds,
         "peak_mb": peak() >> 20,
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "prune.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("prune", result)
 
 
 def arguments() -> argparse.Namespace:

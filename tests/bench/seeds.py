@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from keep import keep
+
 HERE = Path(__file__).parent
 JOB = HERE.parent.parent / "jobs" / "quickstart.yaml"
 
@@ -20,9 +22,7 @@ JOB = HERE.parent.parent / "jobs" / "quickstart.yaml"
 def main() -> None:
     rows = [figures(seed, run(seed)) for seed in (0, 1, 2)]
     result = {"job": JOB.name, "seeds": rows, "least_gap_recovered": min(r["gap_recovered"] for r in rows)}
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "seeds.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("seeds", result)
 
 
 def run(seed: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from envs import trl_python
+from keep import keep
 
 HERE = Path(__file__).parent
 SEQ, BATCH, RATE = 256, 8, 5e-4
@@ -92,13 +93,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--precisions", nargs="+", choices=["medium", "bf16"], default=["medium", "bf16"])
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "trl.json")
     args = parser.parse_args()
     trl_python()
     result = compare(args)
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("trl", result)
 
 
 if __name__ == "__main__":

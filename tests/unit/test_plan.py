@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from orchestrator.errors import SpecError
+from orchestrator.models.build import build_model
 from orchestrator.plan.batch import Batch
 from orchestrator.plan.deepspeed_config import deepspeed_config
 from orchestrator.plan.explain import as_dict, explain
@@ -23,7 +24,7 @@ from orchestrator.plan.fingerprint import canonical, fingerprint
 from orchestrator.plan.make import Plan, make_plan
 from orchestrator.plan.memory import label_bytes_per_token
 from orchestrator.plan.schedule import learning_rate
-from orchestrator.plan.sizes import DENSE_DECODERS, parameter_count
+from orchestrator.plan.sizes import DENSE_DECODERS, decoder
 from orchestrator.spec.job import Job
 from orchestrator.spec.labels import DenseLabels, HiddenLabels, SampledLabels, TopkLabels
 from orchestrator.spec.load import load_job
@@ -161,16 +162,15 @@ NOT_FOR = {
 
 @pytest.mark.parametrize(("kind", "variant"), [(k, v) for k in DENSE_DECODERS for v in VARIANTS if k not in NOT_FOR.get(v, ())])
 def test_the_parameter_count_is_that_of_the_model_built(kind: str, variant: str) -> None:
-    from orchestrator.models.build import build_model
-
     model = Model(type=kind, config=SHAPE | VARIANTS[variant])
-    counted = parameter_count(model, 101)
-    assert counted == sum(p.numel() for p in build_model(model, 101, 0, "student").parameters())
+    counted = decoder(kind, model.config, 101)
+    assert counted is not None
+    assert counted.total == sum(p.numel() for p in build_model(model, 101, 0, "student").parameters())
 
 
 @pytest.mark.parametrize("model", [Model(type="gpt2", config=SHAPE), Model(config={**SHAPE, "hidden_size": "32"})])
 def test_an_unknown_count_is_said_to_be_unknown(model: Model) -> None:
-    assert parameter_count(model, 101) is None
+    assert decoder(model.type, model.config, 101) is None
 
 
 @pytest.mark.parametrize(
@@ -285,8 +285,8 @@ def test_figures_of_a_plan() -> None:
     assert plan.teacher is not None
     student, teacher = plan.job.student.model, plan.job.teacher
     assert isinstance(teacher, PretrainTeacher)
-    assert plan.student.params == parameter_count(student, 4096)
-    assert plan.teacher.params == parameter_count(teacher.model, 4096)
+    assert plan.student.params == sum(p.numel() for p in build_model(student, 4096, 0, "student").parameters())
+    assert plan.teacher.params == sum(p.numel() for p in build_model(teacher.model, 4096, 0, "teacher").parameters())
 
 
 def test_a_plan_without_a_known_vocabulary() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.plan.sizes import DECODERS, DEFAULTS, Decoder, decoder, mtp_module
+from orchestrator.plan.sizes import DECODERS, DEFAULTS, Decoder, decoder, with_mtp
+from orchestrator.spec.model import Model
 
 DEEPSEEK_V3 = {
     "hidden_size": 7168,
@@ -111,8 +112,21 @@ def test_deepseek_v3_has_the_parameters_it_is_published_with() -> None:
     assert model.total == 671_026_404_352
     assert round(model.total / 1e9) == 671
     assert (model.active - model.embedding) // 10**9 == 36 and model.active // 10**9 == 37
-    as_published = model.total + mtp_module(model) + 2 * model.embedding
+    as_published = with_mtp(model, 1).total + 2 * model.embedding
     assert round(as_published / 1e9) == 684, "and the card says 685, with fp8's scales"
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_multi_token_prediction_is_counted_as_it_is_built(kind: str) -> None:
+    from orchestrator.models.build import build_model
+    from orchestrator.models.mtp import MultiTokenPrediction
+
+    model = known(kind, SHAPE, 101)
+    built = build_model(Model(type=kind, config=SHAPE), 101, 0, "student")
+    counted = with_mtp(model, 2)
+    assert counted.total - model.total == sum(p.numel() for p in MultiTokenPrediction(built, 2, 0).parameters())
+    again = counted.blocks[-1].active - counted.blocks[-1].norms + model.vocab * model.width
+    assert counted.multiplied == model.multiplied + 2 * again, "each depth passes a block and the head once more"
 
 
 @pytest.mark.parametrize(

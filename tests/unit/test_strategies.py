@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.plan.batch import Batch
-from orchestrator.plan.capacity import capacity, workload
+from orchestrator.plan.capacity import capacity, given_rates, workload
 from orchestrator.plan.deepspeed_config import deepspeed_config
 from orchestrator.plan.explain import explain
 from orchestrator.plan.layout import Layout, layout_of
@@ -88,11 +88,11 @@ def test_a_cluster_that_need_not_exist() -> None:
     lines = "\n".join(capacity(plan, "8xH100", 2.5, None))
     assert "on 8 H100 (1 nodes), at 40 % of the peak, which is assumed" in lines
     assert "cost" in lines
-    slow, fast = ("\n".join(capacity(plan, "8xH100", None, rates)) for rates in ((0.001, 0.001), (0.1, 0.1)))
+    slow, fast = ("\n".join(capacity(plan, "8xH100", None, given_rates(rates))) for rates in ((0.001, 0.001), (0.1, 0.1)))
     assert "as measured" in slow
     assert slow != fast
     with pytest.raises(SpecError, match="--tflops: 0 1, but both must be above 0"):
-        capacity(plan, "8xH100", None, (0, 1))
+        given_rates((0, 1))
 
 
 def test_a_folder_says_how_large_a_teacher_is(tmp_path: Path) -> None:
