@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from orchestrator.data.sources import Piece, read_piece
+from orchestrator.data.sources import Document, Piece, read_piece
 from orchestrator.data.tokenizer import TokenizerFacts, decode_document
 from orchestrator.plan.order import shuffled
 from orchestrator.spec.data import Data
@@ -32,6 +33,8 @@ class PackedPiece(Record):
     heldout_documents: int
     skipped_documents: int
     dropped_tokens: int
+    targets: int
+    """Training positions that are learnt from."""
 
 
 @dataclass
@@ -41,14 +44,21 @@ class _Windows:
     seq_len: int
     facts: TokenizerFacts
     rows: list[np.ndarray] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
+    """Of each row, which of its targets are learnt."""
     row_ids: list[bytes] = field(default_factory=list)
+    without_target: int = 0
+    """Windows left out because nothing in them is learnt."""
     _open: list[int] = field(default_factory=list)
+    _learnt: list[bool] = field(default_factory=list)
+    """For each of `_open`."""
     _origin: deque[tuple[str, int, int]] = field(default_factory=deque)
     """(document, first position, ids left) of the documents in `_open`."""
     documents: int = 0
 
-    def add(self, document: str, ids: list[int]) -> None:
-        """Append a document (by content hash and name) and cut the windows it completes.
+    def add(self, document: str, ids: list[int], context: int) -> None:
+        """Append a document (by content hash and name), whose first `context` ids are no targets, and cut the windows it
+        completes.
 
         A window begins with the BOS id where the tokenizer uses one; otherwise two neighbours share one id. Either
         way every id of the stream is a target exactly once.
@@ -58,15 +68,21 @@ class _Windows:
             ids = [*ids, self.facts.separator]
         self._origin.append((document, 0, len(ids)))
         self._open.extend(ids)
+        self._learnt.extend(position >= context for position in range(len(ids)))
         prefix = [] if self.facts.bos is None else [self.facts.bos]
         content = self.seq_len + 1 - len(prefix)
         start = 0
         while len(self._open) - start >= content:
-            self.rows.append(np.array(prefix + self._open[start : start + content], dtype=np.int32))
-            self.row_ids.append(_row_id(*self._origin[0][:2]))
+            mask = np.array(self._learnt[start : start + content][-self.seq_len :])
+            if mask.any():
+                self.rows.append(np.array(prefix + self._open[start : start + content], dtype=np.int32))
+                self.masks.append(mask)
+                self.row_ids.append(_row_id(*self._origin[0][:2]))
+            else:
+                self.without_target += 1
             start += self.seq_len
             self._leave_behind(self.seq_len)
-        del self._open[:start]
+        del self._open[:start], self._learnt[:start]
 
     def _leave_behind(self, count: int) -> None:
         while count:
@@ -79,7 +95,18 @@ class _Windows:
     @property
     def tail(self) -> int:
         """Ids that are in no window yet; without BOS the first open one is also the last of the window before."""
-        return len(self._open) - (1 if self.rows and self.facts.bos is None else 0)
+        cut = self.rows or self.without_target
+        return len(self._open) - (1 if cut and self.facts.bos is None else 0)
+
+    @property
+    def dropped(self) -> int:
+        """Ids that are the target of no window."""
+        return self.tail + self.without_target * self.seq_len
+
+    @property
+    def targets(self) -> int:
+        """Positions that are learnt from."""
+        return sum(int(mask.sum()) for mask in self.masks)
 
 
 def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: TokenizerFacts) -> PackedPiece:
@@ -95,43 +122,62 @@ def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: Token
     skipped = cut = 0
     most = HELDOUT_WINDOWS_PER_DOCUMENT * data.seq_len
     tokenizer = store.path(f"{folder}/tokenizer/tokenizer.json")
-    for name, content, ids in _tokenized(data, piece, tokenizer):
-        if ids is None:
+    for document in _tokenized(data, piece, tokenizer):
+        if document is None:
             skipped += 1
             continue
-        if _is_heldout(content, data):
-            heldout.add(f"{content}:{name}", ids[:most])
+        name, ids = f"{document.content}:{document.name}", document.ids
+        if _is_heldout(document.content, data):
+            heldout.add(name, ids[:most], document.context)
             cut += len(ids[most:])
         else:
-            train.add(f"{content}:{name}", ids)
+            train.add(name, ids, document.context)
     packed = PackedPiece(
         train=_store_rows(store, f"{folder}/train", data, piece, train),
         heldout=_store_rows(store, f"{folder}/heldout", data, piece, heldout),
         documents=train.documents,
         heldout_documents=heldout.documents,
         skipped_documents=skipped,
-        dropped_tokens=train.tail + heldout.tail + cut,
+        dropped_tokens=train.dropped + heldout.dropped + cut,
+        targets=train.targets,
     )
     store.put_if_absent(key, packed.model_dump_json().encode())
     return packed
 
 
-def _tokenized(data: Data, piece: Piece, tokenizer_file: Path) -> Iterator[tuple[str, str, list[int] | None]]:
-    """(name, content hash, ids) of every document; ids is None for one that is skipped."""
+class _Tokenized(NamedTuple):
+    """A document as ids, of which the first `context` are its prompt's."""
+
+    name: str
+    content: str
+    """Hex SHA-256."""
+    ids: list[int]
+    context: int
+
+
+def _tokenized(data: Data, piece: Piece, tokenizer_file: Path) -> Iterator[_Tokenized | None]:
+    """Every document of `piece`; None for one that is skipped."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     for group in _groups(read_piece(data.source, piece)):
-        texts = [decode_document(data, name, raw) for name, raw in group]
-        encoded = iter(tokenizer.encode_batch([t for t in texts if t], add_special_tokens=False))
-        for (name, raw), text in zip(group, texts, strict=True):
-            yield name, hashlib.sha256(raw).hexdigest(), next(encoded).ids if text else None
+        # A prompt is encoded by itself, so that no token stands across the place where learning begins.
+        decoded = [(decode_document(data, d.name, d.prompt), decode_document(data, d.name, d.text)) for d in group]
+        kept = [both if both[0] is not None and both[1] else None for both in decoded]
+        encoded = iter(tokenizer.encode_batch([part or "" for both in kept if both for part in both], add_special_tokens=False))
+        for document, both in zip(group, kept, strict=True):
+            if both is None:
+                yield None
+                continue
+            prompt, text = next(encoded).ids, next(encoded).ids
+            content = hashlib.sha256(document.prompt + document.text).hexdigest()
+            yield _Tokenized(document.name, content, prompt + text, len(prompt))
 
 
-def _groups(documents: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
-    group: list[tuple[str, bytes]] = []
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    group: list[Document] = []
     for document in documents:
         group.append(document)
         if len(group) == DOCUMENTS_PER_CALL:
@@ -157,6 +203,7 @@ def _store_rows(store: Store, folder: str, data: Data, piece: Piece, windows: _W
     records: list[ShardRecord] = []
     for start in range(0, len(order), data.rows_per_shard):
         chosen = [int(i) for i in order[start : start + data.rows_per_shard]]
-        shard = TokenShard([windows.row_ids[i] for i in chosen], np.stack([windows.rows[i] for i in chosen]))
+        masks = np.stack([windows.masks[i] for i in chosen]) if data.source.prompt else None
+        shard = TokenShard([windows.row_ids[i] for i in chosen], np.stack([windows.rows[i] for i in chosen]), masks)
         records.append(put_shard(store, folder, len(records), shard.to_table()))
     return tuple(records)

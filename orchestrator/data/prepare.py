@@ -65,6 +65,7 @@ def prepare_tokens(store: Store, corpus: Corpus) -> TokenManifest:
 
 def token_manifest(key: str, data: Data, facts: TokenizerFacts, packed: list[PackedPiece]) -> TokenManifest:
     """What the pieces of a corpus add up to."""
+    rows = sum(record.rows for piece in packed for record in piece.train)
     return TokenManifest(
         fingerprint=key,
         seq_len=data.seq_len,
@@ -76,6 +77,7 @@ def token_manifest(key: str, data: Data, facts: TokenizerFacts, packed: list[Pac
         heldout_documents=sum(p.heldout_documents for p in packed),
         skipped_documents=sum(p.skipped_documents for p in packed),
         dropped_tokens=sum(p.dropped_tokens for p in packed),
+        target_share=sum(p.targets for p in packed) / max(1, rows * data.seq_len),
     )
 
 

@@ -9,11 +9,11 @@ import glob
 import itertools
 import json
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from orchestrator.errors import DataError
 from orchestrator.plan.order import shuffled
@@ -22,8 +22,14 @@ from orchestrator.spec.data import Data, DatasetSource, JsonlSource, ParquetSour
 PIECE_BYTES = 16 << 20
 PIECE_ROWS = 16_384
 
-Document = tuple[str, bytes]
-"""Name (file, or file and row) and UTF-8 text."""
+
+class Document(NamedTuple):
+    name: str
+    """File, or file and row."""
+    text: bytes
+    """UTF-8"""
+    prompt: bytes = b""
+    """What goes before the text and is not learnt."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def _read_files(source: StdlibSource | TextSource, piece: Piece) -> Iterator[Doc
     for path, name in piece.files:
         with _readable(name):
             content = Path(path).read_bytes()
-        yield name, content
+        yield Document(name, content)
 
 
 def _read_jsonl(source: JsonlSource, piece: Piece) -> Iterator[Document]:
@@ -95,7 +101,7 @@ def _read_jsonl(source: JsonlSource, piece: Piece) -> Iterator[Document]:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not a JSON line: {error}") from error
-            yield where, _text(value.get(source.field) if isinstance(value, dict) else None, where, source.field)
+            yield _document(where, value if isinstance(value, dict) else {}, source.field, source.prompt)
 
 
 def _read_parquet(source: ParquetSource, piece: Piece) -> Iterator[Document]:
@@ -104,22 +110,17 @@ def _read_parquet(source: ParquetSource, piece: Piece) -> Iterator[Document]:
     ((path, name),) = piece.files
     with _readable_parquet(path):
         file = pq.ParquetFile(path)
-        if source.column not in file.schema_arrow.names:
-            raise DataError(f"{name}: no column {source.column!r}, there are {', '.join(file.schema_arrow.names)}")
-        batches = file.iter_batches(batch_size=1024, columns=[source.column])
-        values = (value for batch in batches for value in batch.column(0).to_pylist())
-        for row, value in enumerate(itertools.islice(values, piece.first, piece.last), piece.first):
-            where = f"{name} row {row}"
-            yield where, _text(value, where, source.column)
+        columns = _columns(name, source.column, source.prompt, file.schema_arrow.names)
+        rows = (row for batch in file.iter_batches(batch_size=1024, columns=columns) for row in batch.to_pylist())
+        for index, row in enumerate(itertools.islice(rows, piece.first, piece.last), piece.first):
+            yield _document(f"{name} row {index}", row, source.column, source.prompt)
 
 
 def _read_dataset(source: DatasetSource, piece: Piece) -> Iterator[Document]:
     data = _dataset(source)
-    if source.column not in data.column_names:
-        raise DataError(f"{source.name}: no column {source.column!r}, there are {', '.join(data.column_names)}")
+    _columns(source.name, source.column, source.prompt, data.column_names)
     for row in range(piece.first, piece.last):
-        where = f"{source.name} row {row}"
-        yield where, _text(data[row][source.column], where, source.column)
+        yield _document(f"{source.name} row {row}", data[row], source.column, source.prompt)
 
 
 READERS: dict[str, Callable[[Any, Piece], Iterator[Document]]] = {
@@ -164,6 +165,19 @@ def _grouped(files: Sequence[tuple[str, str]], seed: int) -> list[Piece]:
 
 def _ranges(size: int, step: int) -> list[tuple[int, int]]:
     return [(a, min(a + step, size)) for a in range(0, size, step)]
+
+
+def _columns(name: str, text: str, prompt: str | None, present: Sequence[str]) -> list[str]:
+    """The columns to read; raises `DataError` for one that is not there."""
+    wanted = [text] if prompt is None else [text, prompt]
+    for column in wanted:
+        if column not in present:
+            raise DataError(f"{name}: no column {column!r}, there are {', '.join(present)}")
+    return wanted
+
+
+def _document(where: str, row: Mapping[str, Any], text: str, prompt: str | None) -> Document:
+    return Document(where, _text(row.get(text), where, text), _text(row.get(prompt), where, prompt) if prompt else b"")
 
 
 def _text(value: Any, where: str, field: str) -> bytes:

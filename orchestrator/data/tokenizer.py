@@ -77,10 +77,10 @@ def decode_document(data: Data, name: str, raw: bytes) -> str | None:
 def _sample(data: Data, pieces: Sequence[Piece]) -> Iterator[str]:
     documents = itertools.chain.from_iterable(read_piece(data.source, piece) for piece in pieces)
     taken = 0
-    for name, raw in documents:
-        text = decode_document(data, name, raw)
+    for name, raw, prompt in documents:
+        text = decode_document(data, name, prompt + raw)
         if text:
             yield text
-            taken += len(raw)
+            taken += len(prompt + raw)
         if taken >= TRAINING_BYTES:
             return

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import ray
 import torch
 from transformers import PreTrainedModel
@@ -67,17 +68,20 @@ class Heldout:
     manifest: TokenManifest
     rows: int
 
-    def windows(self) -> torch.Tensor:
-        """The windows, evenly from as many shards as `rows` allows: [rows, seq + 1]."""
+    def windows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Evenly from as many shards as `rows` allows: ids [rows, seq + 1], and which targets count [rows, seq]."""
         shards = self.manifest.heldout
         count = min(self.rows, len(shards))
         chosen = [shards[i * len(shards) // count] for i in range(count)]
         each, over = divmod(self.rows, count)
-        parts = [
-            read_tokens(self.store, f"{self.data_folder}/heldout", record).ids[: each + (i < over)]
-            for i, record in enumerate(chosen)
-        ]
-        return torch.from_numpy(np.concatenate(parts)).long()
+        ids: list[npt.NDArray[np.int32]] = []
+        kept: list[npt.NDArray[np.bool_]] = []
+        for i, record in enumerate(chosen):
+            tokens = read_tokens(self.store, f"{self.data_folder}/heldout", record)
+            ids.append(tokens.ids[: each + (i < over)])
+            mask = np.ones_like(tokens.ids[:, 1:], dtype=np.bool_) if tokens.loss_mask is None else tokens.loss_mask
+            kept.append(mask[: each + (i < over)])
+        return torch.from_numpy(np.concatenate(ids)).long(), torch.from_numpy(np.concatenate(kept))
 
 
 def measure(heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cpus: int) -> dict[str, dict[str, float]]:
@@ -97,15 +101,15 @@ def _measure_task(
     limit_threads(cpus)
     torch.set_num_threads(cpus)
     on = device(gpus)
-    windows = heldout.windows().to(on)
+    windows, kept = (tensor.to(on) for tensor in heldout.windows())
     models = {
         name: load_model(subjects[name].folder, subjects[name].dtype, on) for name in sorted(subjects, key="teacher".__ne__)
     }
     sums = {name: _Sums() for name in models}
     for model in models.values():  # first calls build caches; they would distort the speed of whoever comes first
         model(input_ids=windows[:1, :-1], use_cache=False)
-    for part in windows.split(micro_batch):
-        _measure_part(models, sums, part)
+    for part, counted in zip(windows.split(micro_batch), kept.split(micro_batch), strict=True):
+        _measure_part(models, sums, part, counted.flatten())
     figures = {name: _figures(name, sums[name], models[name], subjects[name]) for name in subjects}
     for name, model in models.items():
         figures[name] |= _ahead(model, subjects[name].folder, windows, micro_batch)
@@ -113,16 +117,19 @@ def _measure_task(
 
 
 @torch.inference_mode()
-def _measure_part(models: dict[str, PreTrainedModel], sums: dict[str, _Sums], windows: torch.Tensor) -> None:
-    """Add what every model, the teacher first, says about `windows` [rows, seq + 1], a chunk of positions at a time."""
+def _measure_part(
+    models: dict[str, PreTrainedModel], sums: dict[str, _Sums], windows: torch.Tensor, kept: torch.Tensor
+) -> None:
+    """Add what every model, the teacher first, says about the targets of `windows` [rows, seq + 1] that are `kept`
+    [rows * seq], a chunk of them at a time."""
     hidden: dict[str, torch.Tensor] = {}
     for name, model in models.items():
         started = time.perf_counter()
-        hidden[name] = last_hidden(model, windows[:, :-1]).flatten(0, 1)
+        hidden[name] = last_hidden(model, windows[:, :-1]).flatten(0, 1)[kept]
         sums[name].seconds += time.perf_counter() - started
     heads = {name: output_head(model) for name, model in models.items()}
     chunk = head_rows(len(heads["teacher"].weight), windows.is_cuda)
-    for start, target in enumerate(windows[:, 1:].flatten().split(chunk)):
+    for start, target in enumerate(windows[:, 1:].flatten()[kept].split(chunk)):
         states = slice(start * chunk, start * chunk + len(target))
         teacher: torch.Tensor | None = None
         for name, head in heads.items():

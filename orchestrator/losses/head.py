@@ -98,9 +98,10 @@ class _ChunkedLoss(torch.autograd.Function):
             else None
         )
         sums: Tensor | None = None
-        rows = min(head_rows(len(weight), weight.is_cuda), len(hidden))
+        positions = max(1, len(hidden))  # a batch of prompts alone has no target, and a loss of zero
+        rows = min(head_rows(len(weight), weight.is_cuda), positions)
         buffers = Buffers(weight, rows)
-        for start in range(0, len(hidden), rows):
+        for start in range(0, positions, rows):
             part = slice(start, min(start + rows, len(hidden)))
             logits = head(hidden[part], buffers)
             capped = logits.clone() if head.softcap is not None and needs else None

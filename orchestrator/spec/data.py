@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,17 +15,26 @@ class StdlibSource(Spec):
     """The source files of the Python standard library: real text that every user has."""
 
     kind: Literal["stdlib"] = "stdlib"
+    prompt: ClassVar[None] = None
 
 
 class TextSource(Spec):
     """UTF-8 text files, one document a file."""
 
     kind: Literal["text"]
+    prompt: ClassVar[None] = None
     paths: Paths
     """Files or globs (`**` allowed)."""
 
 
-class JsonlSource(Spec):
+class Rows(Spec):
+    """A source whose documents have columns."""
+
+    prompt: str | None = None
+    """Column (in JSON, field) of a text that goes before the document: context only, its tokens are no targets."""
+
+
+class JsonlSource(Rows):
     """JSON lines, one document a line."""
 
     kind: Literal["jsonl"]
@@ -33,7 +42,7 @@ class JsonlSource(Spec):
     field: str = "text"
 
 
-class ParquetSource(Spec):
+class ParquetSource(Rows):
     """Parquet files, one document a row."""
 
     kind: Literal["parquet"]
@@ -41,7 +50,7 @@ class ParquetSource(Spec):
     column: str = "text"
 
 
-class DatasetSource(Spec):
+class DatasetSource(Rows):
     """A `datasets` name, or a folder that `datasets.load_dataset` or `load_from_disk` understands."""
 
     kind: Literal["dataset"]

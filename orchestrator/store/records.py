@@ -62,7 +62,9 @@ class TokenManifest(Record):
     heldout_documents: int
     skipped_documents: int
     dropped_tokens: int
-    """Tokens at the end of a piece that did not fill a window."""
+    """Tokens that are the target of no window: a piece's end that did not fill one, prompts that fill a whole one."""
+    target_share: float = 1.0
+    """Of the training positions, those that are learnt from; the others are prompts."""
 
     @property
     def content(self) -> str:

@@ -70,6 +70,8 @@ class TokenShard:
     """16 bytes each, from document hash and position."""
     ids: npt.NDArray[np.int32]
     """[rows, seq_len + 1]"""
+    loss_mask: npt.NDArray[np.bool_] | None = None
+    """[rows, seq_len]: whether ids[:, t + 1] is learnt; None: all are."""
 
     def to_table(self) -> pa.Table:
         width = self.ids.shape[1]
@@ -77,17 +79,24 @@ class TokenShard:
             "row_id": pa.array(self.row_ids, pa.binary(ROW_ID_BYTES)),
             "ids": pa.FixedSizeListArray.from_arrays(pa.array(self.ids.reshape(-1), pa.int32()), width),
         }
+        if self.loss_mask is not None:
+            columns["loss_mask"] = pa.FixedSizeListArray.from_arrays(pa.array(self.loss_mask.reshape(-1)), width - 1)
         return pa.table(columns).replace_schema_metadata({"schema_version": str(TOKEN_SCHEMA_VERSION)})
 
     @classmethod
     def from_table(cls, table: pa.Table) -> TokenShard:
-        ids: Any = table["ids"].combine_chunks()
-        flat: npt.NDArray[np.int32] = ids.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
-        return cls(binary_column(table, "row_id"), flat.reshape(table.num_rows, -1))
+        mask = _matrix(table, "loss_mask").astype(np.bool_) if "loss_mask" in table.column_names else None
+        return cls(binary_column(table, "row_id"), _matrix(table, "ids").astype(np.int32), mask)
 
     def ids_sha256(self) -> list[bytes]:
         """First 16 bytes of the SHA-256 of each row's ids, little-endian int32."""
         return [hashlib.sha256(row.astype("<i4").tobytes()).digest()[:ROW_ID_BYTES] for row in self.ids]
+
+
+def _matrix(table: pa.Table, name: str) -> npt.NDArray[Any]:
+    """A column of lists of one length, [rows, length]."""
+    lists: Any = table[name].combine_chunks()
+    return lists.flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
 
 
 def binary_column(table: pa.Table, name: str) -> list[bytes]:

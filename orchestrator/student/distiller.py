@@ -19,6 +19,7 @@ from orchestrator.models.mtp import MultiTokenPrediction, shifted
 from orchestrator.models.stages import check_pieces
 from orchestrator.spec.labels import kept_features
 from orchestrator.spec.train import Pipeline
+from orchestrator.student.feed import Mask
 from orchestrator.student.job import Initial, Soft, TrainingJob
 
 TERMS = 5
@@ -38,47 +39,66 @@ class Distiller(nn.Module):
         self._mtp_weight = mtp_weight
 
     def forward(
-        self, ids: torch.Tensor, mixture: Mixture, soft: Targets | None, features: dict[str, torch.Tensor]
+        self,
+        ids: torch.Tensor,
+        mixture: Mixture,
+        soft: Targets | None,
+        features: dict[str, torch.Tensor],
+        mask: Mask | None = None,
     ) -> torch.Tensor:
-        """Means over all positions of `TERMS`, [5]; only the first has a gradient.
+        """Means over the targets of `TERMS`, [5]; only the first has a gradient.
 
-        `ids` are [rows, seq + 1], `soft` and the teacher's `features` have tensors [rows, seq, ...].
+        `ids` are [rows, seq + 1], `soft` and the teacher's `features` have tensors [rows, seq, ...]. Features are compared
+        at all positions, those of a prompt too.
         """
         names = () if self.inner is None else self.inner.student_features
         with captured(self.model, names, "objective.features") as own:
             hidden = last_hidden(self.model, ids[:, :-1])
-        loss, ce, divergence = head_loss(self.model, hidden, ids, mixture, soft)
+        loss, ce, divergence = head_loss(self.model, hidden, ids, mixture, soft, mask)
         inner = ahead = torch.zeros_like(ce)
         if self.inner is not None:
             inner = self.inner(features, own)
         if self.mtp is not None:
-            ahead = self._mtp_weight * self._mtp_loss(hidden, ids, mixture, soft)
+            ahead = self._mtp_weight * self._mtp_loss(hidden, ids, mixture, soft, mask)
         return torch.stack([loss + inner + ahead, ce, divergence, inner.detach(), ahead.detach()])
 
-    def _mtp_loss(self, hidden: torch.Tensor, ids: torch.Tensor, mixture: Mixture, soft: Targets | None) -> torch.Tensor:
+    def _mtp_loss(
+        self, hidden: torch.Tensor, ids: torch.Tensor, mixture: Mixture, soft: Targets | None, mask: Mask | None
+    ) -> torch.Tensor:
         """Mean over the depths of the same objective, hard and soft labels moved on by the depth."""
         assert self.mtp is not None
         losses: list[torch.Tensor] = []
         for depth, states in enumerate(self.mtp(hidden, ids), 1):
             later = None if soft is None else soft.map(lambda t, d=depth: t[:, shifted(d, hidden.shape[1])])
-            losses.append(head_loss(self.model, states, ids[:, depth:], mixture, later)[0])
+            learnt = None if mask is None else mask.map(lambda t, d=depth: t[:, shifted(d, hidden.shape[1])])
+            losses.append(head_loss(self.model, states, ids[:, depth:], mixture, later, learnt)[0])
         return torch.stack(losses).mean()
 
 
 def head_loss(
-    model: PreTrainedModel, hidden: torch.Tensor, ids: torch.Tensor, mixture: Mixture, soft: Targets | None
+    model: PreTrainedModel,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    mixture: Mixture,
+    soft: Targets | None,
+    mask: Mask | None = None,
 ) -> torch.Tensor:
-    """Means over all positions of (loss, CE, divergence), [3]; only the first has a gradient.
+    """Means over the targets of (loss, CE, divergence), [3]; only the first has a gradient.
 
     `hidden` [rows, seq, width] is what the head of `model` is applied to, `ids` are [rows, seq + 1].
     """
-    target = ids[:, 1:].flatten()
+    states, target = hidden.flatten(0, 1), ids[:, 1:].flatten()
     teacher = None if soft is None else soft.map(lambda t: t.flatten(0, 1))
+    count = float(len(target))
+    if mask is not None:
+        kept = mask.kept.flatten()
+        states, target, count = states[kept], target[kept], count * mask.share
+        teacher = None if teacher is None else teacher.map(lambda t: t[kept])
 
     def score(logits: torch.Tensor, part: slice) -> torch.Tensor:
         return mixture.score(logits, target[part], None if teacher is None else teacher.map(lambda t: t[part]))
 
-    return chunked_loss(hidden.flatten(0, 1), output_head(model), score) / len(target)
+    return chunked_loss(states, output_head(model), score) / count
 
 
 def start_model(job: TrainingJob) -> PreTrainedModel:

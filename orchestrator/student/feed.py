@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from orchestrator.errors import IntegrityError, ResumableError
@@ -38,6 +39,20 @@ SHARDS_KEPT = 4
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Which targets are learnt, where not all are."""
+
+    kept: torch.Tensor
+    """[rows, seq], bool"""
+    share: float
+    """Of all the training's targets, those that are learnt. A loss is divided by what its batch has of them on average, so
+    that a target weighs the same in whichever batch it is, and no rank needs to know another's."""
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Mask:
+        return Mask(change(self.kept), self.share)
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """One forward pass of one worker."""
 
@@ -47,6 +62,7 @@ class MicroBatch:
     """tensors [rows, seq, ...]"""
     features: dict[str, torch.Tensor]
     """The teacher's inner features by name, [rows, seq, width]."""
+    mask: Mask | None = None
 
 
 @dataclass
@@ -121,12 +137,17 @@ class Feed:
     def _gather(self, step: int, rows: list[tuple[int, int]]) -> MicroBatch:
         shards = {shard: self._shard(shard) for shard in dict.fromkeys(s for s, _ in rows)}
         ids = torch.from_numpy(np.stack([shards[s].tokens.ids[r] for s, r in rows])).long()
+        mask = self._mask([shards[s].tokens.loss_mask for s, _ in rows], rows)
         if self._codec is None:
-            return MicroBatch(ids, None, {})
+            return MicroBatch(ids, None, {}, mask)
         assert self._job.soft is not None
         labels = {name: np.stack([shards[s].labels[name][r] for s, r in rows]) for name in shards[rows[0][0]].labels}
         temperature = scheduled(self._job.soft.objective.temperature, step, self._job.train.steps)
-        return MicroBatch(ids, self._codec.targets(labels, temperature), self._codec.features(labels))
+        return MicroBatch(ids, self._codec.targets(labels, temperature), self._codec.features(labels), mask)
+
+    def _mask(self, masks: list[npt.NDArray[np.bool_] | None], rows: list[tuple[int, int]]) -> Mask | None:
+        kept = [mask[row] for mask, (_, row) in zip(masks, rows, strict=True) if mask is not None]
+        return Mask(torch.from_numpy(np.stack(kept)), self._job.manifest.target_share) if kept else None
 
     def _shard(self, shard: int) -> _Shard:
         if shard in self._shards:

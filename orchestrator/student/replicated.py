@@ -49,7 +49,8 @@ class Replicated:
         on = self.engine.device
         soft = None if micro.soft is None else micro.soft.map(lambda t: t.to(on))
         features = {name: states.to(on) for name, states in micro.features.items()}
-        means = self.engine(micro.ids.to(on), mixture, soft, features)
+        mask = None if micro.mask is None else micro.mask.map(lambda t: t.to(on))
+        means = self.engine(micro.ids.to(on), mixture, soft, features, mask)
         self.engine.backward(means[0])
         return means.detach()
 

@@ -102,7 +102,7 @@ def text(tokenizer: Any, seq: int) -> Iterator[list[int]]:
     """Windows of BOS and `seq` ids, none across two documents and few of each, so that many documents have their say."""
     source = StdlibSource(kind="stdlib")
     for piece in list_pieces(Data(source=source)):
-        for _, raw in read_piece(source, piece):
+        for _, raw, _ in read_piece(source, piece):
             ids = tokenizer(raw.decode(errors="replace"), add_special_tokens=False).input_ids
             whole = range(0, len(ids) - seq + 1, seq)
             yield from ([tokenizer.bos_token_id, *ids[i : i + seq]] for i in whole[:WINDOWS_PER_DOCUMENT])

@@ -126,12 +126,20 @@ def build_bench(root: Path, vocab: int = VOCAB) -> Bench:
     store, rng = Store(root / "store"), np.random.default_rng(5)
     records, shards = [], []
     for shard, rows in enumerate(SHARD_ROWS):
-        tokens = TokenShard([rng.bytes(16) for _ in range(rows)], rng.integers(0, vocab, (rows, SEQ + 1), dtype=np.int32))
+        ids = rng.integers(0, vocab, (rows, SEQ + 1), dtype=np.int32)
+        tokens = TokenShard([rng.bytes(16) for _ in range(rows)], ids, rng.random((rows, SEQ)) < 0.7)
         records.append(put_shard(store, "data/x/train", shard, tokens.to_table()))
         shards.append(tokens)
     totals = {"documents": 1, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
     manifest = TokenManifest(
-        fingerprint="x", seq_len=SEQ, vocab_size=VOCAB, tokenizer_sha256="", train=tuple(records), heldout=(), **totals
+        fingerprint="x",
+        seq_len=SEQ,
+        vocab_size=VOCAB,
+        tokenizer_sha256="",
+        train=tuple(records),
+        heldout=(),
+        **totals,
+        target_share=sum(int(shard.loss_mask.sum()) for shard in shards) / (sum(SHARD_ROWS) * SEQ),
     )
     store.path("data/x/tokenizer").mkdir()
     shape = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -159,13 +167,17 @@ def write_log(store: Store, name: str, labels: Labels, shards: list[TokenShard])
 def dense_loss(
     bench: Bench, job: TrainingJob, model: torch.nn.Module, rows: list[tuple[int, int]], step: int = 0, share: float = 1.0
 ) -> list[torch.Tensor]:
-    """Mean (loss, CE, KL, features' loss) over the rows of a batch; `share` is the teacher's in an interpolated target."""
-    tokens = token_rows(bench, rows)
+    """(loss, CE, KL, features' loss) of a batch, by the target; `share` is the teacher's in an interpolated target.
+
+    A target's weight is one over what a batch has of them on average.
+    """
+    tokens, mask = token_rows(bench, rows), token_masks(bench, rows)
+    weight = mask / (mask.numel() * bench.manifest.target_share)
     values: list[torch.Tensor] = []
     hook = model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda *args: values.append(args[2]))  # type: ignore
     log_q = model(input_ids=tokens[:, :-1]).logits.log_softmax(-1)
     hook.remove()
-    ce = -log_q.gather(2, tokens[:, 1:, None]).mean()
+    ce = -(log_q.gather(2, tokens[:, 1:, None])[..., 0] * weight).sum()
     if job.soft is None:
         return [ce, ce, torch.zeros(()), torch.zeros(())]
     objective = job.soft.objective
@@ -184,7 +196,8 @@ def dense_loss(
     if tail is not None:
         rest = (log_q.exp() * ~kept).sum(-1)
         kl = kl + torch.xlogy(tail, tail) - tail * rest.log()
-    return [alpha * ce + (1 - alpha) * temperature**2 * kl.mean() + inner, ce, kl.mean(), inner]
+    kl = (kl * weight).sum()
+    return [alpha * ce + (1 - alpha) * temperature**2 * kl + inner, ce, kl, inner]
 
 
 def balance(bench: Bench, model: Any, rows: list[tuple[int, int]]) -> torch.Tensor:
@@ -219,6 +232,11 @@ def routed(model: torch.nn.Module, logits: dict[str, torch.Tensor]) -> Iterator[
 def token_rows(bench: Bench, rows: list[tuple[int, int]]) -> torch.Tensor:
     ids = np.stack([read_tokens(bench.store, "data/x/train", bench.manifest.train[s]).ids[r] for s, r in rows])
     return torch.from_numpy(ids).long()
+
+
+def token_masks(bench: Bench, rows: list[tuple[int, int]]) -> torch.Tensor:
+    masks = [read_tokens(bench.store, "data/x/train", bench.manifest.train[s]).loss_mask for s, _ in rows]
+    return torch.from_numpy(np.stack([mask[r] for mask, (_, r) in zip(masks, rows, strict=True)])).double()
 
 
 def stored_features(bench: Bench, job: TrainingJob, rows: list[tuple[int, int]]) -> torch.Tensor:

@@ -15,8 +15,9 @@ def test_windows_come_evenly_from_all_shards(tokenized: TokenizedCorpus, rows: i
     store, folder, manifest = tokenized.store, tokenized.folder, tokenized.manifest
     shards = [read_tokens(store, f"{folder}/heldout", record).ids.tolist() for record in manifest.heldout]
     assert len(shards) > 2
-    windows = Heldout(store, folder, manifest, rows).windows()
+    windows, kept = Heldout(store, folder, manifest, rows).windows()
     assert windows.dtype == torch.int64
+    assert kept.shape == windows[:, 1:].shape and kept.all(), "nothing in this corpus is a prompt"
     found = [sum(window in shard for window in windows.tolist()) for shard in shards]
     assert sum(found) == len(windows) <= rows
     share = -(-rows // len(shards))

@@ -120,6 +120,50 @@ def test_windows_are_the_stream_cut_up(
     assert packed.dropped_tokens == len(stream) - len(used) - (first if windows else 0)
 
 
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=1, max_size=12),
+    bos=st.booleans(),
+)
+def test_what_is_learnt_is_what_follows_a_prompt(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[tuple[int, int]], bos: bool
+) -> None:
+    """Prompts are words below 300, texts the others, so every id says itself whether it is a target."""
+    folder = tmp_path_factory.mktemp("prompts")
+    store, word = Store(folder / "store"), itertools.count()
+    word_tokenizer(store)
+    lines = []
+    for prompt, text in lengths:
+        texts = [" ".join(f"w{next(word) % 300 + first}" for _ in range(n)) for n, first in ((prompt, 0), (text, 300))]
+        lines.append(json.dumps(dict(zip(("prompt", "text"), texts, strict=True))))
+    (folder / "x.jsonl").write_text("\n".join(lines))
+    source = JsonlSource(kind="jsonl", paths=(f"{folder}/x.jsonl",), prompt="prompt")
+    data = Data(source=source, seq_len=8, rows_per_shard=5, heldout_fraction=1e-12)
+    facts = replace(FACTS, bos=BOS if bos else None)
+    packed = pack_piece(store, FOLDER, data, list_pieces(data)[0], facts)
+    shards = [read_tokens(store, f"{FOLDER}/train", record) for record in packed.train]
+    learnt = 0
+    for shard in shards:
+        assert shard.loss_mask is not None
+        is_text = (shard.ids[:, 1:] >= 300 + FIRST_WORD) | (shard.ids[:, 1:] == SEPARATOR)
+        assert (shard.loss_mask == is_text).all()
+        assert shard.loss_mask.any(1).all(), "a window with nothing to learn is left out"
+        learnt += int(shard.loss_mask.sum())
+    assert packed.targets == learnt
+    ids = sum(p + t + 1 for p, t in lengths)
+    assert packed.dropped_tokens == ids - 8 * sum(len(shard.ids) for shard in shards) - (0 if bos or ids <= 8 else 1)
+
+
+def test_prompts_that_are_not_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "prompt": "b"}\n{"text": "a"}\n')
+    data = Data(source=JsonlSource(kind="jsonl", paths=(f"{tmp_path}/x.jsonl",), prompt="prompt"))
+    with pytest.raises(DataError, match=r"x\.jsonl at byte 29: 'prompt' is NoneType, not text"):
+        read_all(data)
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "x.parquet")
+    data = Data(source=ParquetSource(kind="parquet", paths=(f"{tmp_path}/x.parquet",), prompt="prompt"))
+    with pytest.raises(DataError, match=r"x\.parquet: no column 'prompt', there are text"):
+        read_all(data)
+
+
 def test_one_long_document_is_not_the_whole_measure(tmp_path: Path, store: Store) -> None:
     word_tokenizer(store)
     (document,) = write_documents(tmp_path / "text", [400])
@@ -274,7 +318,7 @@ TEXTS = st.text(alphabet=st.characters(codec="utf-8"), max_size=30)
 def read_all(data: Data) -> list[tuple[str, bytes]]:
     pieces = list_pieces(data)
     assert [piece.index for piece in pieces] == list(range(len(pieces)))
-    return [document for piece in pieces for document in read_piece(data.source, piece)]
+    return [(name, text) for piece in pieces for name, text, _ in read_piece(data.source, piece)]
 
 
 @given(
