@@ -73,8 +73,8 @@ def job_of(training: Case) -> Job:
     return Job.model_validate(
         {
             "name": training["type"].replace("_", "-"),
-            "data": {"seq_len": training["seq"], "tokenizer": {"vocab_size": training["vocab"]}},
-            "student": {"model": {"type": training["type"], "config": training["config"]}},
+            "data": {"seq_len": training["seq"], "tokenizer": {"kind": "train", "vocab_size": training["vocab"]}},
+            "student": {"kind": "config", "model": {"type": training["type"], "config": training["config"]}},
             "objective": {"alpha": 0.3},
             "train": {"steps": STEPS, "warmup_steps": 1, "precision": training["precision"], "parallel": parallel, **batch},
         }
