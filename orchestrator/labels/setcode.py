@@ -66,16 +66,18 @@ def encode_ids(unique: Ints, ids: Ints, vocab_size: int) -> dict[str, list[bytes
     rows, seq = unique.shape
     each, ids = unique.reshape(-1).astype(np.int64), ids.astype(np.int64)
     _check(each, ids, vocab_size)
-    position = np.repeat(np.arange(each.size), each)
-    tabled, listed, of_class, number = _tabulate(ids)
-    segment = position // seq * CLASSES + of_class
-    cell = number * seq + position % seq
-    sizes = np.bincount(segment, minlength=rows * CLASSES).reshape(rows, CLASSES)
+    tabled, listed, known, its_class, number = _tabulate(ids)
+    shift = (vocab_size * seq - 1).bit_length()
+    cell = np.zeros(vocab_size, dtype=np.int64)
+    cell[known] = (its_class << shift) + number * seq
+    row, place = np.repeat(np.arange(rows), each.reshape(rows, seq).sum(1)), np.repeat(np.tile(np.arange(seq), rows), each)
+    key = np.sort((row * CLASSES << shift) + cell[ids] + place)
+    sizes = np.bincount(key >> shift, minlength=rows * CLASSES).reshape(rows, CLASSES)
     table = _encode_sizes(listed[None])[0] + _encode_gaps(tabled, listed[None], np.full(CLASSES, vocab_size))[0]
     return {
         "table": [table] + [b""] * (rows - 1),
         "sizes": _encode_sizes(sizes),
-        "sets": _encode_gaps(cell[np.lexsort((cell, segment))], sizes, _grids(listed, vocab_size, seq)),
+        "sets": _encode_gaps(key & ((1 << shift) - 1), sizes, _grids(listed, vocab_size, seq)),
     }
 
 
@@ -129,20 +131,21 @@ def _check(each: Ints, ids: Ints, vocab_size: int) -> None:
         raise ValueError("sets to pack: ids must ascend in each position and lie in the vocabulary")
 
 
-def _tabulate(ids: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """The table, as ids ascending in each class and how many each class has, and each of `ids` by class and number.
+def _tabulate(ids: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """The table, as ids ascending in each class and how many each class has; the ids that occur, with class and number.
 
     The number is the place in the class's part of the table; in class 0, which the table leaves out, the id itself.
     """
-    known, which, often = np.unique(ids, return_inverse=True, return_counts=True)
-    its_class = np.minimum(_bit_length(often) - 1, CLASSES - 1)
+    often = np.bincount(ids)
+    known = np.flatnonzero(often)
+    its_class = np.minimum(_bit_length(often[known]) - 1, CLASSES - 1)
     listed = np.bincount(its_class, minlength=CLASSES)
     order = np.argsort(its_class, kind="stable")
     number = np.empty_like(known)
     number[order] = np.where(its_class[order] == 0, known[order], _runs(listed))
     tabled = known[order[listed[0] :]]
     listed[0] = 0
-    return tabled, listed, its_class[which], number[which]
+    return tabled, listed, known, its_class, number
 
 
 def _grids(listed: Ints, vocab_size: int, seq: int) -> Ints:
@@ -243,20 +246,20 @@ def _encode_counts(unique: Ints, counts: Ints) -> list[bytes]:
     places = _encode_fields(heavy, _bit_length(each - 1), np.full(rows, seq))
     light = _light(each, heavy)
     over = counts[light] - 1
-    row = np.repeat(np.arange(each.size) // seq, each)[light]
+    row = np.repeat(np.arange(rows), each.reshape(rows, seq).sum(1) - seq)
     more: list[npt.NDArray[np.bool_]] = []
-    rows_of: list[Ints] = []
+    per_row: list[Ints] = []
     for _ in range(LEVELS):
         more.append(over > 0)
-        rows_of.append(row)
-        row, over = row[over > 0], over[over > 0] - 1
-    row_of = np.concatenate(rows_of)
-    order = np.argsort(row_of, kind="stable")
-    per_row = np.bincount(row_of, minlength=rows)
-    base, size = _bytes_of(per_row)
-    ones = _places(np.ones_like(order), per_row, base)[np.concatenate(more)[order]]
+        per_row.append(np.bincount(row, minlength=rows))
+        row, over = row[more[-1]], over[more[-1]] - 1
+    base, size = _bytes_of(np.sum(per_row, axis=0))
+    ones: list[Ints] = []
+    for bits, here in zip(more, per_row, strict=True):
+        ones.append((_runs(here) + np.repeat(base, here))[bits])
+        base = base + here
     rest = _split(over.astype(np.uint8), np.bincount(row, minlength=rows))
-    return [b"".join(parts) for parts in zip(places, _bits(ones, size), rest, strict=True)]
+    return [b"".join(parts) for parts in zip(places, _bits(np.concatenate(ones), size), rest, strict=True)]
 
 
 def _decode_counts(blobs: Sequence[bytes], unique: Ints, samples: int) -> Ints:
@@ -347,11 +350,17 @@ def _bits(ones: Ints, size: Ints) -> list[bytes]:
 
 
 def _encode_fields(values: Ints, width: Ints, per_row: Ints) -> list[bytes]:
-    """The lowest `width` bits of `values`, `per_row` of them to a row."""
+    """The lowest `width` bits of `values`, at most 56, `per_row` of them to a row."""
     base, size = _bytes_of(_row_sums(width, per_row))
     start = _places(width, per_row, base)
-    ones = [start[(width > bit) & (values >> bit & 1 > 0)] + bit for bit in range(int(width.max(initial=0)))]
-    return _bits(np.concatenate([*ones, np.zeros(0, dtype=np.int64)]), size)
+    word, offset = start >> 6, start & 63
+    field = (values & ((1 << width) - 1)).view(np.uint64)
+    words = np.zeros(int(size.sum()) // 8 + 2, dtype="<u8")
+    first = np.flatnonzero(np.diff(word, prepend=-1))
+    words[word[first]] = np.bitwise_or.reduceat(field << offset.view(np.uint64), first)
+    cut = np.flatnonzero(offset + width > 64)  # at most one field crosses the end of a word
+    words[word[cut] + 1] |= field[cut] >> (64 - offset[cut]).view(np.uint64)
+    return _split(words.view(np.uint8)[: int(size.sum())], size)
 
 
 def _decode_fields(raw: Bytes, width: Ints, per_row: Ints, base: Ints) -> Ints:

@@ -44,11 +44,8 @@ class TrainingOrder:
         self._global_batch = global_batch
         self._epochs: dict[int, tuple[Indices, Indices]] = {}
         self._inner: dict[tuple[int, int], Indices] = {}
+        self.rows_per_epoch = int(self._rows.sum())
         assert self._rows.min() > 0
-
-    @property
-    def rows_per_epoch(self) -> int:
-        return int(self._rows.sum())
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """(shard, row) of each of the `global_batch` rows of `step`, in order."""

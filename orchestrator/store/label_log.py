@@ -16,20 +16,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
-from orchestrator.errors import DataError, IntegrityError
+from orchestrator.errors import DataError, IntegrityError, ResumableError
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.store.files import Store
 from orchestrator.store.records import Record, ShardRecord, TokenManifest
-from orchestrator.store.shards import ROW_ID_BYTES, TokenShard, binary_column, get_shard, put_shard
+from orchestrator.store.shards import ROW_ID_BYTES, TokenShard, binary_column, get_row_ids, get_shard, put_shard
 
 LABEL_SCHEMA_VERSION = 2
 _IDENTITY = ("row_id", "ids_sha256")
+
+POLL_S = (0.02, 1.0)
+"""The shortest and the longest pause between two looks for a commit record."""
+PATIENCE = 0.25
+"""Pauses are this share of the time waited so far, so that a wait lasts at most that much too long."""
+CHECK_ABORT_S = 1.0
+READERS = 16
+"""Threads that count rows: storage that is far away answers slowly, but many at once."""
+SHARDS_A_READER = 256
+"""Shards whose row ids one of them reads in one go."""
 
 
 class Seal(Record):
@@ -100,7 +112,8 @@ class LabelLog:
         }
         table = pa.table(columns).replace_schema_metadata({"schema_version": str(LABEL_SCHEMA_VERSION)})
         record = put_shard(self.store, f"{self.folder}/data", shard, table)
-        self.store.put_if_absent(self._commit_key(shard), record.model_dump_json().encode())
+        if self.store.put_if_absent(self._commit_key(shard), record.model_dump_json().encode()):
+            return record
         standing = self.committed(shard)
         assert standing is not None
         return standing
@@ -131,6 +144,20 @@ class LabelLog:
     def committed(self, shard: int) -> ShardRecord | None:
         """The commit record of `shard`, None while nobody has labelled it."""
         return ShardRecord.load(self.store, self._commit_key(shard))
+
+    def awaited(self, shard: int, aborted: Callable[[], str | None]) -> ShardRecord:
+        """The commit record of `shard`, as soon as it is there; raises `ResumableError` once `aborted` gives a reason."""
+        began = checked = time.monotonic()
+        while (record := self.committed(shard)) is None:
+            now = time.monotonic()
+            if now - checked > CHECK_ABORT_S:
+                checked = now
+                reason = aborted()
+                if reason:
+                    raise ResumableError(f"training stopped waiting for label shard {shard}: {reason}")
+            shortest, longest = POLL_S
+            time.sleep(min(longest, max(shortest, PATIENCE * (now - began))))
+        return record
 
     def missing(self, shards: Sequence[int]) -> list[int]:
         """Those of `shards` that are not committed, in the given order."""
@@ -185,26 +212,19 @@ class LabelLog:
 
     def ledger(self, shards: Sequence[int], manifest: TokenManifest) -> tuple[Ledger, list[ShardRecord]]:
         """Count the rows of `shards` from the row ids on storage, not from what anybody said was written."""
-        records: list[ShardRecord] = []
-        seen: set[bytes] = set()
-        rows = 0
-        for shard in shards:
-            record = self.committed(shard)
-            if record is None:
-                continue
-            path = self.store.path(f"{self.folder}/data/{record.file}")
-            if not path.exists():
-                raise IntegrityError(f"label shard {shard}: the file {record.file} is gone")
-            try:
-                table = pq.read_table(path, columns=["row_id"], use_threads=False, page_checksum_verification=True)
-            except (pa.ArrowException, OSError) as error:
-                raise IntegrityError(f"label shard {shard}: {record.file} is damaged: {error}") from error
-            ids = binary_column(table, "row_id")
-            seen.update(ids)
-            rows += len(ids)
-            records.append(record)
+        parts = [shards[i : i + SHARDS_A_READER] for i in range(0, len(shards), SHARDS_A_READER)]
+        with ThreadPoolExecutor(READERS) as readers:
+            found = [shard for part in readers.map(self._row_ids, parts) for shard in part]
+        row_ids = pa.chunked_array([ids for _, ids in found], pa.binary(ROW_ID_BYTES))
+        distinct: int = pc.count_distinct(row_ids).as_py()
         planned = sum(manifest.train[s].rows for s in shards)
-        return Ledger(planned=planned, committed=len(seen), quarantined=0, duplicates=rows - len(seen)), records
+        ledger = Ledger(planned=planned, committed=distinct, quarantined=0, duplicates=len(row_ids) - distinct)
+        return ledger, [record for record, _ in found]
+
+    def _row_ids(self, shards: Sequence[int]) -> list[tuple[ShardRecord, pa.Array[Any]]]:
+        """The committed ones of `shards`, each with the row ids that its file holds."""
+        records = [(shard, record) for shard in shards if (record := self.committed(shard)) is not None]
+        return [(record, get_row_ids(self.store, f"{self.folder}/data", record, f"label shard {s}")) for s, record in records]
 
     def _commit_key(self, shard: int) -> str:
         return f"{self.folder}/commits/{shard:06d}.json"

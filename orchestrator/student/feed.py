@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from orchestrator.errors import IntegrityError, ResumableError
+from orchestrator.errors import IntegrityError
 from orchestrator.labels.basis import bases_of
 from orchestrator.labels.codec import Codec
 from orchestrator.labels.layout import Arrays, Frame
@@ -32,8 +32,7 @@ from orchestrator.store.label_log import LabelLog
 from orchestrator.store.shards import TokenShard, read_tokens
 from orchestrator.student.job import TrainingJob
 
-POLL_S = 0.02
-CHECK_ABORT_S = 1.0
+CHECK_STOP_S = 1.0
 STEPS_AHEAD = 2
 SHARDS_KEPT = 4
 
@@ -125,7 +124,7 @@ class Feed:
                 micro = [self._gather(step, part) for part in parts]
                 while not stop.is_set():
                     try:
-                        ready.put((step, micro), timeout=CHECK_ABORT_S)
+                        ready.put((step, micro), timeout=CHECK_STOP_S)
                         break
                     except queue.Full:
                         continue
@@ -163,14 +162,7 @@ class Feed:
     def _labels(self, shard: int, tokens: TokenShard) -> Arrays:
         if self._log is None:
             return {}
-        checked = time.monotonic()
-        while (record := self._log.committed(shard)) is None:
-            if time.monotonic() - checked > CHECK_ABORT_S:
-                checked = time.monotonic()
-                reason = self._aborted()
-                if reason:
-                    raise ResumableError(f"training stopped waiting for label shard {shard}: {reason}")
-            time.sleep(POLL_S)
+        record = self._log.awaited(shard, self._aborted)
         if self._codec is None:
             return {}
         try:

@@ -47,7 +47,7 @@ def train(store: Store, job: Job, training: TrainingJob) -> dict[str, float]:
     """Tokens per second of a hand-written mixed-precision AdamW loop over the student's own batches."""
     loop = PlainLoop(build_distiller(training), job.train)
     schedule = ObjectiveSchedule(training.objective, job.train.steps, torch.device("cpu"))
-    steps = list(Feed(store, training, 0, 1, lambda: None).steps(0))
+    steps = list(Feed(store, training, 0, lambda: None).steps(0))
     for index, (step, micro_batches) in enumerate(steps):
         if index == 1:
             started, cpu = time.perf_counter(), time.process_time()

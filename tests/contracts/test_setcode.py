@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,6 +138,25 @@ def test_the_bound_is_the_entropy() -> None:
     ids = np.stack([np.arange(256), 256 + np.arange(256)], axis=1).reshape(-1)
     bound = entropy_bound(np.full((4, 64), 2), ids, counts)
     assert bound == pytest.approx({"unique": 0, "ids": (2 * 9 - 1) / 8, "counts": 1 / 8})
+
+
+GOLDEN = {
+    "table": "6899469801289e00",
+    "sizes": "85e85d3152cb1b03",
+    "sets": "69af44ca05cfc242",
+    "counts": "d252e151da5c2b59",
+}
+
+
+def test_golden_bytes() -> None:
+    """Pinned: a shard must pack to the same bytes whoever packs it, and those of a log must stay readable."""
+    unique = 1 + np.arange(96) % 15
+    ids = [np.unique((7919 * position + 31 * np.arange(u) ** 2) % 1000) for position, u in enumerate(unique)]
+    counts = [np.roll(np.diff(255 * np.arange(u + 1) ** 2 // u**2), position) for position, u in enumerate(unique)]
+    some = Sets(unique.reshape(4, 24), np.concatenate(ids), np.concatenate(counts), 255, 1000)
+    columns = encoded(some)
+    assert same(decoded(columns, some), some[:3])
+    assert {name: hashlib.sha256(b"".join(values)).hexdigest()[:16] for name, values in columns.items()} == GOLDEN
 
 
 # Damage.

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.errors import DataError, EnvironmentFault, IntegrityError, LockedError
+from orchestrator.errors import DataError, EnvironmentFault, IntegrityError, LockedError, ResumableError
 from orchestrator.store import label_log
 from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
@@ -136,6 +137,41 @@ def test_missing_keeps_the_order_asked_for(log: LabelLog) -> None:
     log.commit(7, tokens_of(7), labels_of(tokens_of(7)))
     assert log.missing([9, 2, 5, 7]) == [9, 5]
     assert log.missing([2]) == []
+
+
+# Followers.
+
+
+class Watched(LabelLog):
+    """A log that counts how often a follower looks."""
+
+    looks = 0
+
+    def committed(self, shard: int) -> ShardRecord | None:
+        self.looks += 1
+        return super().committed(shard)
+
+
+def test_a_follower_looks_ever_less_often(log: LabelLog) -> None:
+    watched, wait_s = Watched(log.store, log.key), 1.0
+    tokens, began = tokens_of(0), time.monotonic()
+    writer = threading.Timer(wait_s, lambda: log.commit(0, tokens, labels_of(tokens)))
+    writer.start()
+    record = watched.awaited(0, lambda: None)
+    waited_s = time.monotonic() - began
+    writer.join()
+    assert waited_s >= wait_s and record == log.committed(0)
+    assert 3 < watched.looks < wait_s / label_log.POLL_S[0] / 2, "less than half of what the shortest pause would make"
+    assert watched.awaited(0, lambda: None) == record
+
+
+def test_a_follower_gives_up_when_told_to(log: LabelLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_log, "CHECK_ABORT_S", 0.05)
+    reasons = iter([None, None, "the teacher died"])
+    with pytest.raises(ResumableError, match="training stopped waiting for label shard 4: the teacher died") as caught:
+        log.awaited(4, lambda: next(reasons))
+    assert caught.value.exit_code == 6
+    assert next(reasons, "all asked") == "all asked"
 
 
 @pytest.mark.parametrize("rows", [3, 5])
@@ -347,6 +383,20 @@ def test_a_lost_or_added_row_does_not_balance(log: LabelLog, shards: list[TokenS
     craft(log, records[2], [f"row {i}".encode().ljust(16) for i in range(rows)])
     with pytest.raises(IntegrityError, match=f"planned 18, committed {13 + rows}"):
         log.seal([0, 1, 2, 3], manifest_of(shards))
+
+
+def test_books_of_many_shards_are_kept_in_order(log: LabelLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_log, "SHARDS_A_READER", 3)
+    many = [tokens_of(shard, rows=1 + shard % 3) for shard in range(20)]
+    records, manifest = commit_all(log, many), manifest_of(many)
+    demand = [*range(13, 20), *range(11)]
+    ledger, found = log.ledger(demand, manifest)
+    assert found == [records[shard] for shard in demand]
+    assert ledger.balanced and ledger.committed == sum(record.rows for record in found)
+    log.store.path(f"{log.folder}/commits/000004.json").unlink()
+    ledger, found = log.ledger(demand, manifest)
+    assert found == [records[shard] for shard in demand if shard != 4]
+    assert (ledger.planned - ledger.committed, ledger.duplicates) == (records[4].rows, 0)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "row id column", "footer"])
