@@ -6,9 +6,10 @@ import os
 import platform
 import subprocess
 import time
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.run import Run
@@ -16,13 +17,14 @@ from orchestrator.runtime.board import FIRST_STEP
 from orchestrator.steps import Labelled, Tokens
 from orchestrator.store.records import ModelFolder
 
+if TYPE_CHECKING:
+    from orchestrator.evaluate.measure import Measured
+
 PACKAGES = ("distill-orchestrator", "ray", "torch", "deepspeed", "transformers", "mlflow", "pyarrow", "tokenizers")
 
 
-def evaluate(
-    run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolder, baseline: ModelFolder | None
-) -> dict[str, dict[str, float]]:
-    """Figures of teacher, student and baseline on the same held-out windows."""
+def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolder, baseline: ModelFolder | None) -> Measured:
+    """Teacher, student and baseline on the same held-out windows."""
     from orchestrator.evaluate.measure import Heldout, Subject, measure
 
     job = run.job
@@ -35,25 +37,24 @@ def evaluate(
         cpus = max(1, min(run.plan.cpu_slots, os.cpu_count() or 1)) if job.cluster.address == "local" else 1
         spec = job.evaluate
         heldout = Heldout(run.store, tokens.folder, tokens.manifest, spec.rows)
-        figures = measure(heldout, subjects, spec.micro_batch, cpus)
+        measured = measure(heldout, subjects, spec.micro_batch, cpus)
         for name in subjects:
-            stage.figures |= {f"{name}/{figure}": value for figure, value in figures[name].items()}
-    return figures
+            stage.figures |= {f"{name}/{figure}": value for figure, value in measured.figures[name].items()}
+    return measured
 
 
-def compose(
-    run: Run, tokens: Tokens, labels: Labelled, student: ModelFolder, figures: dict[str, dict[str, float]]
-) -> dict[str, Any]:
+def compose(run: Run, tokens: Tokens, labels: Labelled, student: ModelFolder, measured: Measured) -> dict[str, Any]:
     """The report so far: everything but the stages that are still to come."""
     from orchestrator.evaluate.measure import gap_recovered
 
-    seal, training = labels.seal, student.manifest.training
+    seal, training, figures = labels.seal, student.manifest.training, measured.figures
     progress = run.progress()
     first_step = progress.get(f"student.{FIRST_STEP}")
     return {
         "name": run.job.name,
         **{name: figures.get(name) for name in ("teacher", "student", "baseline")},
         "gap_recovered": gap_recovered(figures),
+        "heldout": measured.by_token,
         "labels": {
             "kind": run.job.labels.kind,
             "bytes_per_token": seal.bytes / (seal.rows * tokens.manifest.seq_len),
@@ -86,9 +87,10 @@ def export(run: Run, student: ModelFolder, report: dict[str, Any]) -> Path:
         return export_model(student.path, target, report, run.job.export.mtp == "keep")
 
 
-def write_report(run: Run, report: dict[str, Any]) -> dict[str, Any]:
+def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[str, Any]:
     """report.json, report.html and summary.md in the run directory, and in MLflow."""
     from orchestrator.report.build import write_report as write
+    from orchestrator.report.timeline import bottleneck, lanes
 
     run.collect()
     report["throughput"]["wall_s"] = time.time() - run.started
@@ -96,8 +98,12 @@ def write_report(run: Run, report: dict[str, Any]) -> dict[str, Any]:
         {"stage": r.stage, "status": r.status, "started_s": r.started_s, "seconds": r.seconds} for r in run.stages.values()
     ]
     report["fingerprints"] = {r.stage: r.key for r in run.stages.values()}
+    report["timeline"] = {lane.stage: lane.figures() for lane in lanes(report["stages"], run.points())}
+    report["bottleneck"] = bottleneck(report["timeline"])
+    report |= {"attempt": run.attempt, "faults": [asdict(fault) for fault in run.faults]}
+    samples = [[asdict(token) for token in sample] for sample in measured.samples]
     with run.stage("report", fingerprint("report", report["fingerprints"])):
-        for path in write(run.folder, report, run.points(), run.shown_job()):
+        for path in write(run.folder, report, run.points(), samples, run.shown_job()):
             run.tracker.artifact(path)
     return report
 

@@ -8,11 +8,12 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from orchestrator.display import Display
+from orchestrator.errors import find_user_error, one_line
 from orchestrator.plan.explain import as_dict
 from orchestrator.plan.make import Plan
 from orchestrator.runtime.environment import job_tags, tracking_uri
@@ -24,6 +25,7 @@ from orchestrator.tracking.mlflow_tracker import Tracker, redact, run_url
 from orchestrator.tracking.names import stage_id
 from orchestrator.tracking.spool import Spool
 
+RUN = "run.json"
 MONITOR_EVERY_S = 0.5
 TRACKER_DRAIN_S = 15.0
 
@@ -46,6 +48,17 @@ class StageRecord:
         self.status = "reused"
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Something that went wrong and was got over, or that ended an attempt of the run."""
+
+    attempt: int
+    """Counts from 1; a run that was killed or failed goes on in another attempt."""
+    time_s: float
+    """Seconds since that attempt began."""
+    text: str
+
+
 class Run:
     """An open run; made by `open_run` alone."""
 
@@ -55,6 +68,11 @@ class Run:
         self.folder = self.store.path(plan.run_key)
         self.started = time.time()
         self.stages: dict[str, StageRecord] = {}
+        self.attempt = 1
+        self.status: Literal["running", "failed", "finished"] = "running"
+        self.faults: list[Fault] = []
+        """Of this attempt and of those before it that did not finish."""
+        self._books = threading.Lock()
         self.board: Any = None
         self.spool: Spool
         self.tracker: Tracker
@@ -68,7 +86,8 @@ class Run:
         `dataset` (name, digest, source) is what the stage reads, for the lineage.
         """
         record = StageRecord(name, key, started_s=time.time() - self.started)
-        self.stages[name] = record
+        with self._books:
+            self.stages[name] = record
         identity = stage_id(name, key)
         self.tracker.stage_started(identity, flat(params or {}) | {"fingerprint": key}, dataset)
         self.display.stage_started(name)
@@ -82,7 +101,18 @@ class Run:
             record.status = "ran" if record.status == "running" else record.status
             self.display.stage_finished(name, record.status, record.seconds)
             self.tracker.stage_finished(identity, "FAILED" if record.status == "failed" else "FINISHED", record.figures)
-            self._save()
+            self.save()
+
+    def warn(self, text: str) -> None:
+        """Say what went wrong and was got over, and keep it for the report."""
+        self.display.say(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Keep a fault."""
+        with self._books:
+            self.faults.append(Fault(self.attempt, time.time() - self.started, one_line(text)))
+        self.save()
 
     def points(self) -> list[dict[str, Any]]:
         """The metric points of this run's stages, times counted from its start."""
@@ -107,7 +137,10 @@ class Run:
         """Take what the workers have put on the board and keep it."""
         import ray
 
-        self._keep(ray.get(self.board.take.remote()))
+        points, warnings = ray.get([self.board.take.remote(), self.board.take_warnings.remote()])
+        self._keep(points)
+        for text in warnings:
+            self.warn(text)
 
     def progress(self) -> dict[str, float]:
         """How far the workers say they are."""
@@ -123,9 +156,17 @@ class Run:
         if points:
             self.tracker.notify()
 
-    def _save(self) -> None:
-        document = {"name": self.job.name, "stages": {name: asdict(record) for name, record in self.stages.items()}}
-        self.store.replace(f"{self.plan.run_key}/run.json", json.dumps(document, indent=1).encode())
+    def save(self) -> None:
+        """Write run.json."""
+        with self._books:
+            document = {
+                "name": self.job.name,
+                "status": self.status,
+                "attempt": self.attempt,
+                "stages": {name: asdict(record) for name, record in self.stages.items()},
+                "faults": [asdict(fault) for fault in self.faults],
+            }
+            self.store.replace(f"{self.plan.run_key}/{RUN}", json.dumps(document, indent=1).encode())
 
 
 @contextmanager
@@ -138,6 +179,7 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
     run.store.check_writable()
     with ExitStack() as stack:
         stack.enter_context(exclusive(run.folder / "lock"))
+        stack.enter_context(_books(run))
         run.store.replace(f"{plan.run_key}/job.yaml", resolved_yaml(plan.job).encode(), private=True)
         run.store.replace(f"{plan.run_key}/plan.json", json.dumps(as_dict(plan), indent=1).encode(), private=True)
         run.spool = Spool(run.folder / "metrics.jsonl")
@@ -153,6 +195,28 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
         yield run
 
 
+@contextmanager
+def _books(run: Run) -> Iterator[None]:
+    """Go on with the faults of an attempt that did not finish, and say at the end how this one did."""
+    before: dict[str, Any] = run.store.read_json(f"{run.plan.run_key}/{RUN}") or {}
+    if before.get("status") in ("running", "failed"):
+        run.attempt = before["attempt"] + 1
+        run.faults = [Fault(**fault) for fault in before["faults"]]
+        if before["status"] == "running":
+            run.note(f"attempt {before['attempt']} was killed, or its machine was lost; going on from what was committed")
+    run.save()
+    try:
+        yield
+        run.status = "finished"
+    except BaseException as error:
+        run.status = "failed"
+        reason = str(find_user_error(error) or f"{type(error).__name__}: {error}".rstrip(": "))
+        run.note(one_line(f"attempt {run.attempt} ended: {reason}"))
+        raise
+    finally:
+        run.save()
+
+
 def _tracker(run: Run) -> tuple[Tracker, str]:
     tracking = run.job.tracking
     uri = tracking.uri or tracking_uri() or f"sqlite:///{run.store.root / 'mlflow.db'}"
@@ -165,7 +229,7 @@ def _tracker(run: Run) -> tuple[Tracker, str]:
         state_path=run.folder / "tracking.json",
         tags={"run_directory": str(run.folder), "seed": str(run.job.seed), **job_tags()},
         artifact_location=(run.store.root / "mlartifacts").as_uri() if own else None,
-        warn=run.display.say,
+        warn=run.warn,
         enabled=tracking.enabled,
     )
     tracker.start()

@@ -205,19 +205,22 @@ def _label_missing(
         run.display.say(f"labels: resuming, {done}/{len(labelling.demand)} shards done")
     calibrate(work, labelling.demand[0], spec.cpus_per_replica, spec.gpus_per_replica)
     rows = size = 0
-    busy = blocked = 0.0
+    busy = idle = blocked = 0.0
     began = None
     seq_len = tokens.manifest.seq_len
     shards = [(shard, position[shard]) for shard in missing]
     for receipt in label_shards(work, shards, spec.replicas, spec.cpus_per_replica, spec.gpus_per_replica):
         began = began or time.time() - receipt["seconds"]
         done, rows, size = done + 1, rows + receipt["rows"], size + receipt["bytes"]
-        busy, blocked = busy + receipt["seconds"], blocked + receipt["blocked_s"]
+        busy, idle, blocked = busy + receipt["seconds"], idle + receipt["idle_s"], blocked + receipt["blocked_s"]
         figures = {
             names.SHARDS_COMMITTED: done,
             names.LABEL_TOKENS_PER_S: rows * seq_len / (time.time() - began),
             names.BYTES_PER_TOKEN: size / (rows * seq_len),
             names.BLOCKED_FRACTION: blocked / (busy + blocked),
+            names.BUSY_S: busy,
+            names.IDLE_S: idle,
+            names.BLOCKED_S: blocked,
         }
         run.record("labels", labelling.log.key, done, figures)
     assert began is not None
@@ -244,7 +247,7 @@ def _train(run: Run, tokens: Tokens, job: TrainingJob) -> ModelFolder:
         else:
             from orchestrator.student.launch import train_model
 
-            model = train_model(run.store, job, run.board, tokens.tokenizer, run.display.say)
+            model = train_model(run.store, job, run.board, tokens.tokenizer, run.warn)
         stage.figures |= model.manifest.training
     return model
 

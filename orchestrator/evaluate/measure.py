@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import ray
 import torch
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from orchestrator.errors import DataError
+from orchestrator.evaluate.samples import SampleToken, sample_text
 from orchestrator.evaluate.speculate import Acceptance, acceptance
+from orchestrator.evaluate.tokens import Against, by_token
 from orchestrator.models.build import device, load_model
 from orchestrator.models.head import last_hidden, output_head
 from orchestrator.models.mtp import load_mtp
@@ -43,16 +46,27 @@ class Subject:
         return sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Teacher, student and perhaps baseline on the same held-out windows."""
+
+    figures: dict[str, dict[str, float]]
+    """By model, as report.json has them; KL and agreement are against the teacher."""
+    by_token: dict[str, Any]
+    """What report.json says under `heldout`."""
+    samples: list[list[SampleToken]]
+
+
 @dataclass
 class _Sums:
-    """Totals over all positions of one model."""
+    """Totals over all positions of one model, and single numbers by position."""
 
     positions: int = 0
     ce: float = 0.0
     correct: int = 0
-    kl: float = 0.0
-    agree: int = 0
     seconds: float = 0.0
+    kl: list[torch.Tensor] = field(default_factory=list)
+    agree: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.bins = torch.zeros(3, ECE_BINS, dtype=torch.float64)
@@ -84,8 +98,8 @@ class Heldout:
         return torch.from_numpy(np.concatenate(ids)).long(), torch.from_numpy(np.concatenate(kept))
 
 
-def measure(heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cpus: int) -> dict[str, dict[str, float]]:
-    """Figures of each subject by name, as report.json has them; KL and agreement are against `teacher`.
+def measure(heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cpus: int) -> Measured:
+    """Measure `subjects`, by name, among them `teacher` and `student`.
 
     Raises `DataError` if a model's loss on the held-out windows is not finite.
     """
@@ -95,9 +109,7 @@ def measure(heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cp
 
 
 @ray.remote
-def _measure_task(
-    heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cpus: int, gpus: int
-) -> dict[str, dict[str, float]]:
+def _measure_task(heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cpus: int, gpus: int) -> Measured:
     limit_threads(cpus)
     torch.set_num_threads(cpus)
     on = device(gpus)
@@ -106,22 +118,33 @@ def _measure_task(
         name: load_model(subjects[name].folder, subjects[name].dtype, on) for name in sorted(subjects, key="teacher".__ne__)
     }
     sums = {name: _Sums() for name in models}
+    entropy: list[torch.Tensor] = []
     for model in models.values():  # first calls build caches; they would distort the speed of whoever comes first
         model(input_ids=windows[:1, :-1], use_cache=False)
     for part, counted in zip(windows.split(micro_batch), kept.split(micro_batch), strict=True):
-        _measure_part(models, sums, part, counted.flatten())
+        entropy += _measure_part(models, sums, part, counted.flatten())
     figures = {name: _figures(name, sums[name], models[name], subjects[name]) for name in subjects}
     for name, model in models.items():
         figures[name] |= _ahead(model, subjects[name].folder, windows, micro_batch)
-    return figures
+    against = {
+        name: Against(torch.cat(sums[name].kl).numpy(), torch.cat(sums[name].agree).numpy())
+        for name in subjects
+        if name != "teacher"
+    }
+    tokenizer = Tokenizer.from_file(str(subjects["teacher"].folder / "tokenizer.json"))
+    samples = sample_text(models["teacher"], models["student"], windows, tokenizer)
+    return Measured(figures, by_token(torch.cat(entropy).numpy(), against), samples)
 
 
 @torch.inference_mode()
 def _measure_part(
     models: dict[str, PreTrainedModel], sums: dict[str, _Sums], windows: torch.Tensor, kept: torch.Tensor
-) -> None:
+) -> list[torch.Tensor]:
     """Add what every model, the teacher first, says about the targets of `windows` [rows, seq + 1] that are `kept`
-    [rows * seq], a chunk of them at a time."""
+    [rows * seq], a chunk of them at a time.
+
+    Returns the entropy of what the teacher says, [targets] in chunks.
+    """
     hidden: dict[str, torch.Tensor] = {}
     for name, model in models.items():
         started = time.perf_counter()
@@ -129,25 +152,30 @@ def _measure_part(
         sums[name].seconds += time.perf_counter() - started
     heads = {name: output_head(model) for name, model in models.items()}
     chunk = head_rows(len(heads["teacher"].weight), windows.is_cuda)
+    entropy: list[torch.Tensor] = []
     for start, target in enumerate(windows[:, 1:].flatten()[kept].split(chunk)):
         states = slice(start * chunk, start * chunk + len(target))
-        teacher: torch.Tensor | None = None
+        teacher = torch.empty(0)
         for name, head in heads.items():
             started = time.perf_counter()
             log_probs = head(hidden[name][states]).log_softmax(-1)
             sums[name].seconds += time.perf_counter() - started
-            teacher = log_probs if teacher is None else teacher
-            _accumulate(sums[name], log_probs, teacher, target)
+            _accumulate(sums[name], log_probs, target)
+            if name == "teacher":
+                teacher = log_probs
+                entropy.append(torch.special.entr(teacher.exp()).sum(-1).double().cpu())
+            else:
+                sums[name].kl.append((teacher.exp() * (teacher - log_probs)).sum(-1).double().cpu())
+                sums[name].agree.append((log_probs.argmax(-1) == teacher.argmax(-1)).cpu())
+    return entropy
 
 
-def _accumulate(sums: _Sums, log_probs: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> None:
+def _accumulate(sums: _Sums, log_probs: torch.Tensor, target: torch.Tensor) -> None:
     top, choice = log_probs.max(-1)
     right = choice == target
     sums.positions += len(target)
     sums.ce -= float(log_probs.gather(1, target[:, None]).double().sum())
     sums.correct += int(right.sum())
-    sums.kl += float((teacher.exp() * (teacher - log_probs)).sum(-1).double().sum())
-    sums.agree += int((choice == teacher.argmax(-1)).sum())
     confidence = top.exp().double().cpu()
     bin_of = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
     for row, values in enumerate((torch.ones_like(confidence), confidence, right.double().cpu())):
@@ -171,7 +199,8 @@ def _figures(name: str, sums: _Sums, model: PreTrainedModel, subject: Subject) -
         "ece": float((confidence - correct).abs().sum()) / sums.positions,
     }
     if name != "teacher":
-        figures |= {"kl_to_teacher_nats": sums.kl / sums.positions, "top1_agreement": sums.agree / sums.positions}
+        figures["kl_to_teacher_nats"] = float(torch.cat(sums.kl).mean())
+        figures["top1_agreement"] = float(torch.cat(sums.agree).double().mean())
     return figures
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,33 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from orchestrator.report.charts import MODELS, charts, duration
+from orchestrator.report import words
+from orchestrator.report.charts import charts
+from orchestrator.report.charts.figure import MODELS
+from orchestrator.report.text import shown
+from orchestrator.report.words import percent
 from orchestrator.store.files import Store
 
-NOTHING = "–"
 _FIELDS = ("params", "active_params", "heldout_ce_nats", "heldout_ppl", "top1_accuracy", "tokens_per_s", "size_bytes")
 
 
-def write_report(run_dir: Path, report: dict[str, Any], points: list[dict[str, Any]], job_yaml: str) -> list[Path]:
+def write_report(
+    run_dir: Path,
+    report: dict[str, Any],
+    points: list[dict[str, Any]],
+    samples: Sequence[Sequence[dict[str, Any]]],
+    job_yaml: str,
+) -> list[Path]:
     """Write the three files into `run_dir`, each whole or not at all, and return their paths.
 
-    `report` follows the report.json contract, with `name`, `stages` and perhaps `samples` besides; `points` are the
-    run's metric points, their `time_s` and the stages' `started_s` both counted from the start of the run.
+    `report` follows the report.json contract, with `name` and `stages` besides; `points` are the run's metric points,
+    their `time_s` and the stages' `started_s` both counted from the start of the run; `samples` are texts,
+    each a list of `evaluate.samples.SampleToken` as dictionaries.
     """
     report = _finite(report)
     context = _context(report)
-    figures = charts(report, _finite(points))
+    drawn = charts(report, _finite(points))
+    figures = {name: chart.figure for name, chart in drawn.items()}
     page = _templates().get_template("page.html.j2")
     summary = _templates().get_template("summary.md.j2")
     files = {
@@ -34,10 +46,11 @@ def write_report(run_dir: Path, report: dict[str, Any], points: list[dict[str, A
         "report.html": page.render(
             **context,
             job_yaml=job_yaml,
-            charts=list(figures),
+            charts=drawn,
             paired="yaxis2" in figures.get("ce", {}).get("layout", {}),
             figures=_script_json(figures),
             plotly_js=Markup(get_plotlyjs()) if figures else "",
+            samples=[shown(sample, context["quantiles"]) for sample in samples],
         ),
         "summary.md": summary.render(**context),
     }
@@ -80,47 +93,6 @@ def verdict(report: dict[str, Any]) -> str:
     return f"The student recovers {percent(gap)} of the gap between hard-label training and its teacher."
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A plain number with `digits` decimals."""
-    return NOTHING if value is None else f"{value:,.{digits}f}"
-
-
-def count(value: float | None) -> str:
-    """A whole number with thousands separators."""
-    return NOTHING if value is None else f"{value:,.0f}"
-
-
-def short(value: float | None) -> str:
-    """Three significant digits with a decimal prefix: `270 M`, `1.24 B`."""
-    return NOTHING if value is None else _prefixed(value, ("", "k", "M", "B", "T"))
-
-
-def size(value: float | None) -> str:
-    """A number of bytes with a decimal prefix: `1.08 GB`."""
-    return NOTHING if value is None else _prefixed(value, ("B", "kB", "MB", "GB", "TB", "PB"))
-
-
-def percent(value: float | None) -> str:
-    """A fraction in percent; one decimal where whole percents would round something to nothing or to all."""
-    if value is None:
-        return NOTHING
-    whole = abs(value) >= 0.0995 and abs(value) <= 0.9949
-    return f"{100 * value:.{0 if whole or value in (0, 1) else 1}f} %".replace("-", "−")
-
-
-def seconds(value: float | None) -> str:
-    """A duration in words."""
-    return NOTHING if value is None else duration(value)
-
-
-def _prefixed(value: float, prefixes: tuple[str, ...]) -> str:
-    power = 0
-    while abs(value) >= 999.5 and power < len(prefixes) - 1:
-        value, power = value / 1000, power + 1
-    digits = 0 if value >= 99.95 or (power == 0 and value == int(value)) else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {prefixes[power]}".strip()
-
-
 def _context(report: dict[str, Any]) -> dict[str, Any]:
     """What both templates are given."""
     models = [{"name": m} | {f: (report.get(m) or {}).get(f) for f in _FIELDS} for m in MODELS if report.get(m)]
@@ -133,7 +105,10 @@ def _context(report: dict[str, Any]) -> dict[str, Any]:
         "ledger": report.get("ledger") or {},
         "ledger_note": _ledger_note(report.get("ledger") or {}),
         "stages": report.get("stages") or [],
-        "samples": report.get("samples") or [],
+        "faults": report.get("faults") or [],
+        "bottleneck": report.get("bottleneck"),
+        "heldout": report.get("heldout") or {},
+        "quantiles": ((report.get("heldout") or {}).get("kl_quantiles") or {}).get("student") or {},
         "fingerprints": [(k, str(v)[:24]) for k, v in sorted((report.get("fingerprints") or {}).items())],
         "verdict": verdict(report),
         "scale": _scale(report),
@@ -192,5 +167,6 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {f.__name__: f for f in (number, count, short, size, percent, seconds)}
+    formats = (words.number, words.count, words.short, words.size, percent, words.nats, words.seconds, words.visible)
+    environment.filters |= {f.__name__: f for f in formats}
     return environment

@@ -23,6 +23,7 @@ FIRST_STEP = "first_step_time_s"
 class Board:
     def __init__(self) -> None:
         self._points: list[Point] = []
+        self._warnings: list[str] = []
         self._progress: dict[str, float] = {}
         self._aborted: str | None = None
 
@@ -35,6 +36,15 @@ class Board:
         """Remove and return all points, oldest first."""
         points, self._points = self._points, []
         return points
+
+    def warn(self, text: str) -> None:
+        """Put up something that went wrong and was got over."""
+        self._warnings.append(text)
+
+    def take_warnings(self) -> list[str]:
+        """Remove and return all warnings, oldest first."""
+        warnings, self._warnings = self._warnings, []
+        return warnings
 
     def set_progress(self, name: str, value: float) -> None:
         self._progress[name] = value

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,14 @@ def save_checkpoint(engine: Any, schedule: ObjectiveSchedule, store: Store, fold
     dist.barrier()
 
 
-def restore_checkpoint(engine: Any, schedule: ObjectiveSchedule, store: Store, folder: str) -> int:
-    """Load the newest intact checkpoint; returns the optimizer steps done, 0 without one.
+def restore_checkpoint(
+    engine: Any, schedule: ObjectiveSchedule, store: Store, folder: str, warn: Callable[[str], object] = log.warning
+) -> int:
+    """Load the newest intact checkpoint; returns the optimizer steps done, 0 without one. `warn` is told of damaged ones.
 
     Raises `SpecError` if it is of another number of ranks and the parallel strategy does not allow for that.
     """
-    found: list[CheckpointManifest | None] = [_newest_intact(store, folder) if dist.get_rank() == 0 else None]
+    found: list[CheckpointManifest | None] = [_newest_intact(store, folder, warn) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     manifest = found[0]
     if manifest is None:
@@ -110,7 +112,7 @@ def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _newest_intact(store: Store, folder: str) -> CheckpointManifest | None:
+def _newest_intact(store: Store, folder: str, warn: Callable[[str], object]) -> CheckpointManifest | None:
     for name in reversed(_steps(store, folder)):
         key = f"{folder}/checkpoints/{name}"
         try:
@@ -120,7 +122,7 @@ def _newest_intact(store: Store, folder: str) -> CheckpointManifest | None:
         files = {n: r for n, r in describe_folder(store.path(key)).items() if n != MANIFEST}
         if manifest is not None and files == manifest.files:
             return manifest
-        log.warning("checkpoint %s is damaged; trying the one before", store.path(key))
+        warn(f"checkpoint {store.path(key)} is damaged; trying the one before")
     return None
 
 

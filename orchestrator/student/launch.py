@@ -21,7 +21,7 @@ BROKEN_LINK = re.compile(r"connection|gloo|nccl|socket|broken pipe|tim(ed |e)out
 """What torch says to the neighbours of a worker that died."""
 
 
-def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str, say: Callable[[str], None]) -> ModelFolder:
+def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str, warn: Callable[[str], None]) -> ModelFolder:
     """Train `job`, or continue it from its newest checkpoint; returns the finished model.
 
     Raises what the training itself raised, and `ResumableError` once workers have died more often than
@@ -43,7 +43,7 @@ def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: st
                     raise ResumableError(f"{job.stage}: a training worker died, and the run is ending: {aborted}") from error
                 if attempt == job.train.max_restarts:
                     raise ResumableError(f"{job.stage}: training workers died {attempt + 1} times: {error}") from error
-                say(f"{job.stage}: a training worker died; retry {attempt + 1}/{job.train.max_restarts}")
+                warn(f"{job.stage}: a training worker died; retry {attempt + 1}/{job.train.max_restarts}")
     model = finished_model(store, job.folder)
     assert model is not None
     return model

@@ -54,6 +54,7 @@ class Meter:
         pace = {
             names.TRAIN_TOKENS_PER_S: tokens / (now - self._flushed),
             names.LABEL_WAIT_FRACTION: (self._feed.waited_s - self._waited) / (now - self._flushed),
+            names.INTERVAL_S: now - self._flushed,
         }
         points = [self._point(*pending) for pending in self._pending]
         points[-1][1].update(pace)

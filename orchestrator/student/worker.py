@@ -41,7 +41,7 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
     engine = trainer.engine
     feed = Feed(store, job, trainer.data_rank, lambda: ray.get(board.aborted.remote()), reached, trainer.reads_labels)
     schedule = ObjectiveSchedule(job.objective, job.train.steps, engine.device)
-    first = restore_checkpoint(engine, schedule, store, job.folder)
+    first = restore_checkpoint(engine, schedule, store, job.folder, board.warn.remote)
     meter = Meter(job, board, feed)
     for step, micro_batches in feed.steps(first):
         means = train_step(trainer, job, schedule, step, micro_batches)

@@ -18,9 +18,13 @@ LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"
 TRAIN_TOKENS_PER_S = "train/tokens_per_s"
 LABEL_WAIT_FRACTION = "train/label_wait_fraction"
+INTERVAL_S = "train/interval_s"
 SHARDS_COMMITTED = "label/shards_committed"
 LABEL_TOKENS_PER_S = "label/tokens_per_s"
 BLOCKED_FRACTION = "label/blocked_fraction"
+BUSY_S = "label/busy_s"
+IDLE_S = "label/idle_s"
+BLOCKED_S = "label/blocked_s"
 BYTES_PER_TOKEN = "label/bytes_per_token"
 
 
@@ -51,9 +55,13 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric(GRAD_NORM, "1", "Norm of the whole gradient before clipping"),
             Metric(TRAIN_TOKENS_PER_S, "tokens/s", "Target tokens trained on, all workers together"),
             Metric(LABEL_WAIT_FRACTION, "1", "Part of the time in which the student waited for labels"),
+            Metric(INTERVAL_S, "s", "Time that the rates of the same point are about"),
             Metric(SHARDS_COMMITTED, "shards", "Label shards committed so far"),
             Metric(LABEL_TOKENS_PER_S, "tokens/s", "Tokens labelled, all teachers together"),
             Metric(BLOCKED_FRACTION, "1", "Part of the time in which the teachers waited for the student (run-ahead)"),
+            Metric(BUSY_S, "s", "Time that teacher replicas have spent labelling, summed over replicas"),
+            Metric(IDLE_S, "s", "Time that teacher replicas have waited for the next shard, summed over replicas"),
+            Metric(BLOCKED_S, "s", "Time that teacher replicas have waited for the student, summed over replicas"),
             Metric(BYTES_PER_TOKEN, "bytes/token", "Stored bytes of label per token"),
         )
     }

@@ -11,62 +11,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.report.build import percent, short, size, verdict, write_report
-from orchestrator.report.charts import charts, duration
+from orchestrator.report.build import verdict, write_report
+from orchestrator.report.charts import charts
+from orchestrator.report.text import shown
+from orchestrator.report.words import nats, percent, seconds, short, size, visible
+from tests.reports import small_points, small_report, small_samples, whole_report
 
 EVIL = "</script><script>alert(1)</script>"
-
-
-def _model(ce: float, params: int) -> dict[str, Any]:
-    return {
-        "params": params,
-        "active_params": params,
-        "heldout_ce_nats": ce,
-        "heldout_ppl": math.exp(ce),
-        "top1_accuracy": 0.4,
-        "tokens_per_s": 1234.5,
-        "size_bytes": 2 * params,
-    }
-
-
-def _report(student: float = 3.375, baseline: float | None = 3.4, teacher: float = 3.3) -> dict[str, Any]:
-    gap = None if baseline is None or baseline == teacher else (baseline - student) / (baseline - teacher)
-    return {
-        "name": "tiny",
-        "teacher": _model(teacher, 268_000_000),
-        "student": _model(student, 31_400_000) | {"kl_to_teacher_nats": 0.1432, "top1_agreement": 0.687, "ece": 0.021},
-        "baseline": None if baseline is None else _model(baseline, 31_400_000),
-        "gap_recovered": gap,
-        "labels": {"kind": "sampled", "bytes_per_token": 72.4, "rows": 64, "shards": 4, "bytes": 9999, "reused_shards": 0},
-        "throughput": {
-            "teacher_tokens_per_s": 18210.0,
-            "student_tokens_per_s": 26750.0,
-            "teacher_wait_fraction": 0.04,
-            "student_wait_fraction": 0.31,
-            "time_to_first_step_s": 4.5,
-            "wall_s": 61.0,
-        },
-        "ledger": {"planned": 64, "committed": 64, "quarantined": 0, "duplicates": 0},
-        "versions": {"python": "3.11"},
-        "seed": 7,
-        "git_commit": "7c1e2fdb0c5f4f1d",
-        "fingerprints": {"labels": "ab" * 32},
-        "stages": [
-            {"stage": "data", "status": "reused", "started_s": 0.0, "seconds": 0.0},
-            {"stage": "student", "status": "ran", "started_s": 1.0, "seconds": 40.0},
-        ],
-    }
-
-
-def _points(steps: int = 20) -> list[dict[str, Any]]:
-    points = []
-    for step in range(steps):
-        for stage, extra in (("student", 0.0), ("baseline", 0.1)):
-            ce = 4 - step / steps + extra
-            metrics = {"train/ce_nats": ce, "train/loss": ce, "train/kd_nats": 0.5, "train/tokens_per_s": 900.0 + step}
-            points.append({"stage": stage, "step": step, "time_s": 2.0 + step, "metrics": metrics})
-    points.append({"stage": "labels", "step": 0, "time_s": 1.0, "metrics": {"label/tokens_per_s": 800.0}})
-    return points
 
 
 class _Page(HTMLParser):
@@ -98,8 +49,14 @@ class _Page(HTMLParser):
         return " ".join("".join(self.shown).split())
 
 
-def _written(tmp_path: Path, report: dict[str, Any], points: list[dict[str, Any]], job: str = "name: tiny\n"):
-    paths = write_report(tmp_path, report, points, job)
+def _written(
+    tmp_path: Path,
+    report: dict[str, Any],
+    points: list[dict[str, Any]],
+    job: str = "name: tiny\n",
+    samples: list[list[dict[str, Any]]] | None = None,
+):
+    paths = write_report(tmp_path, report, points, samples or [], job)
     assert [p.name for p in paths] == ["report.json", "report.html", "summary.md"]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths)
     data, page, summary = (p.read_text() for p in paths)
@@ -107,15 +64,15 @@ def _written(tmp_path: Path, report: dict[str, Any], points: list[dict[str, Any]
 
 
 def test_report_json_holds_the_contract(tmp_path: Path) -> None:
-    report = _report()
-    data, _, _ = _written(tmp_path, report, _points())
+    report = small_report()
+    data, _, _ = _written(tmp_path, report, small_points())
     assert data == report
     text = (tmp_path / "report.json").read_text()
     assert text == json.dumps(report, indent=2, sort_keys=True) + "\n"
 
 
 def test_page_shows_the_figures_and_loads_nothing(tmp_path: Path) -> None:
-    _, page, _ = _written(tmp_path, _report(), _points())
+    _, page, _ = _written(tmp_path, small_report(), small_points())
     parsed = _Page(page)
     assert parsed.links == ["data:,"]
     assert not re.search(r"url\(|@import", page.split("</style>")[0])
@@ -134,20 +91,29 @@ def test_page_shows_the_figures_and_loads_nothing(tmp_path: Path) -> None:
         assert text in parsed.text, text
 
 
-def test_users_text_stays_text(tmp_path: Path) -> None:
-    report = _report() | {"name": EVIL, "samples": [{"prompt": EVIL, "student": EVIL}], "versions": {EVIL: EVIL}}
-    report["stages"][1]["stage"] = EVIL
-    points = _points()
+def test_users_text_stays_text(tmp_path: Path, seed: int) -> None:
+    report = whole_report(seed) | {"name": EVIL, "versions": {EVIL: EVIL}}
+    report["stages"][0]["stage"] = report["faults"][0]["text"] = EVIL
+    points = small_points()
     points[0]["metrics"][f"train/{EVIL}_nats"] = 1.0
-    _, page, summary = _written(tmp_path, report, points, f"name: {EVIL}\n")
+    _, page, summary = _written(tmp_path, report, points, f"name: {EVIL}\n", small_samples(EVIL))
     assert EVIL not in page and EVIL not in summary
     parsed = _Page(page)
     assert len(parsed.scripts) == 3
-    assert parsed.text.count(EVIL) >= 5
+    assert parsed.text.count(EVIL) >= 20
+
+
+def test_invisible_characters_of_samples_are_shown_as_codes(tmp_path: Path, seed: int) -> None:
+    hostile = "a\x00\x1b[31m\u202eb\u200b\ufeff\n\x85"
+    _, page, _ = _written(tmp_path, whole_report(seed), small_points(), samples=small_samples(hostile))
+    assert not set("\x00\x1b\u202e\u200b\ufeff\x85") & set(page)
+    text = _Page(page).text
+    assert r"a\u0000\u001b[31m\u202eb\u200b\ufeff↵ \u0085" in text
+    assert r"“a\u0000\u001b[31m\u202eb\u200b\ufeff↵\u0085” 50 %" in text
 
 
 def test_run_without_baseline_or_points(tmp_path: Path) -> None:
-    report = _report(baseline=None)
+    report = small_report(baseline=None)
     report["throughput"] = dict.fromkeys(report["throughput"])
     report["stages"] = [{"stage": "student", "status": "reused", "started_s": 0.0, "seconds": 0.0}]
     data, page, summary = _written(tmp_path, report, [])
@@ -159,7 +125,7 @@ def test_run_without_baseline_or_points(tmp_path: Path) -> None:
 
 
 def test_summary_has_the_figures(tmp_path: Path) -> None:
-    _, _, summary = _written(tmp_path, _report(), _points())
+    _, _, summary = _written(tmp_path, small_report(), small_points())
     for text in (
         "# tiny\n\nThe student recovers 25 % of the gap",
         "| student | 3.3750 | 29.22 | 40.0 % | 31.4 M | 31.4 M | 62.8 MB | 1,234 |",
@@ -169,14 +135,15 @@ def test_summary_has_the_figures(tmp_path: Path) -> None:
         "teacher 18,210 tokens/s (waiting 4.0 %), student 26,750 tokens/s (waiting 31 %)",
         "1 min 01 s in all, first student step after 4.5 s",
         "| student | ran | 40 s |",
+        "Faults: none",
     ):
         assert text in summary, text
 
 
 def test_values_that_json_does_not_have_become_null(tmp_path: Path) -> None:
-    points = _points()
+    points = small_points()
     points[4]["metrics"]["train/ce_nats"] = math.nan
-    data, page, _ = _written(tmp_path, _report(student=math.nan), points)
+    data, page, _ = _written(tmp_path, small_report(student=math.nan), points)
     assert data["student"]["heldout_ce_nats"] is None
     assert "no finite held-out cross entropy" in page
     figures = re.search(r'id="figures">(.*?)</script>', page)
@@ -184,8 +151,8 @@ def test_values_that_json_does_not_have_become_null(tmp_path: Path) -> None:
 
 
 def test_rewriting_replaces_the_files(tmp_path: Path) -> None:
-    _written(tmp_path, _report(), [])
-    data, _, summary = _written(tmp_path, _report() | {"seed": 8}, [])
+    _written(tmp_path, small_report(), [])
+    data, _, summary = _written(tmp_path, small_report() | {"seed": 8}, [])
     assert data["seed"] == 8 and "Seed 8" in summary
 
 
@@ -203,42 +170,42 @@ def test_rewriting_replaces_the_files(tmp_path: Path) -> None:
     ],
 )
 def test_verdict_claims_what_was_measured(student: float, baseline: float | None, teacher: float, says: str) -> None:
-    assert says in verdict(_report(student, baseline, teacher))
+    assert says in verdict(small_report(student, baseline, teacher))
 
 
 def test_unbalanced_ledger_is_said(tmp_path: Path) -> None:
-    report = _report() | {"ledger": {"planned": 64, "committed": 60, "quarantined": 0, "duplicates": 0}}
+    report = small_report() | {"ledger": {"planned": 64, "committed": 60, "quarantined": 0, "duplicates": 0}}
     _, page, summary = _written(tmp_path, report, [])
     assert "The ledger does not balance" in page and "The ledger does not balance" in summary
 
 
-def test_figures_are_valid_plotly() -> None:
+def test_figures_are_valid_plotly(seed: int) -> None:
     objects = pytest.importorskip("plotly.graph_objects")
-    figures = charts(_report(), _points())
-    assert list(figures) == ["ce", "loss", "throughput"]
-    for figure in figures.values():
-        painted = re.sub(r'"\$\w+"', '"#123456"', json.dumps(figure))
+    figures = charts(whole_report(seed), small_points())
+    assert list(figures) == ["ce", "loss", "kl", "agreement", "timeline"]
+    for chart in figures.values():
+        painted = re.sub(r'"\$\w+"', '"#123456"', json.dumps(chart.figure))
         objects.Figure(json.loads(painted))
 
 
 def test_last_point_of_a_step_counts_and_long_runs_are_thinned() -> None:
     again = {"stage": "student", "step": 3, "time_s": 9.0, "metrics": {"train/ce_nats": 1.0}}
-    student = next(t for t in charts(_report(), [*_points(), again])["ce"]["data"] if t["name"] == "student")
+    student = next(t for t in charts(small_report(), [*small_points(), again])["ce"].figure["data"] if t["name"] == "student")
     assert student["y"][3] == 1.0 and len(student["y"]) == 20
-    student = next(t for t in charts(_report(), _points(5000))["ce"]["data"] if t["name"] == "student")
+    student = next(t for t in charts(small_report(), small_points(5000))["ce"].figure["data"] if t["name"] == "student")
     assert 300 <= len(student["x"]) <= 600 and student["y"][-1] == pytest.approx(3.0, abs=0.05)
 
 
 def test_long_teacher_run_is_shown_by_its_held_out_value() -> None:
     teacher = [{"stage": "teacher", "step": s, "time_s": s, "metrics": {"train/ce_nats": 3.0}} for s in range(100)]
-    names = [t["name"] for t in charts(_report(), [*_points(), *teacher])["ce"]["data"] if "name" in t]
+    names = [t["name"] for t in charts(small_report(), [*small_points(), *teacher])["ce"].figure["data"] if "name" in t]
     assert "teacher, held out" in names and "teacher" not in names
 
 
 def test_reused_stage_has_no_throughput_curve() -> None:
-    report = _report()
-    report["stages"][1]["status"] = "reused"
-    names = [t["name"] for t in charts(report, _points())["throughput"]["data"] if "name" in t]
+    report = small_report()
+    report["stages"][2]["status"] = "reused"
+    names = [t["name"] for t in charts(report, small_points())["timeline"].figure["data"] if t["type"] == "scatter"]
     assert names == ["teacher labels", "baseline trains"]
 
 
@@ -248,4 +215,26 @@ def test_numbers_in_words() -> None:
     ]  # fmt: skip
     assert [size(v) for v in (1, 62_800_000)] == ["1 B", "62.8 MB"]
     assert [percent(v) for v in (0, 0.004, 0.25, 0.997, 1, -0.26)] == ["0 %", "0.4 %", "25 %", "99.7 %", "100 %", "−26 %"]
-    assert [duration(s) for s in (0.44, 42, 59.9, 185, 7800)] == ["0.4 s", "42 s", "1 min 00 s", "3 min 05 s", "2 h 10 min"]
+    assert [seconds(s) for s in (0.44, 42, 59.9, 185, 7800)] == ["0.4 s", "42 s", "1 min 00 s", "3 min 05 s", "2 h 10 min"]
+    assert [nats(v) for v in (None, 0.00123, 0.254, 3.14, 12.3)] == ["–", "0.0012", "0.25", "3.1", "12"]
+    assert visible("é\t\n\x7f") == "é⇥↵\\u007f"
+
+
+def test_faults_are_listed_with_their_attempt(tmp_path: Path, seed: int) -> None:
+    report = whole_report(seed)
+    _, page, summary = _written(tmp_path, report, small_points())
+    assert ">12 s in</td>" in page and ">student: a training worker died; retry 1/3</td>" in page
+    assert "- attempt 1, 12 s in: student: a training worker died; retry 1/3" in summary
+    report |= {"attempt": 2, "faults": [*report["faults"], {"attempt": 2, "time_s": 0.0, "text": "attempt 1 was killed"}]}
+    data, page, _ = _written(tmp_path, report, small_points())
+    assert "attempt 1, 12 s in" in page and "attempt 2, 0.0 s in" in page and data["faults"] == report["faults"]
+    _, page, summary = _written(tmp_path, report | {"faults": []}, small_points())
+    assert "None: no restart" in page and "Faults: none" in summary
+
+
+def test_shades_follow_the_quantiles_of_all_tokens(seed: int) -> None:
+    quantiles = whole_report(seed)["heldout"]["kl_quantiles"]["student"]
+    tokens = [small_samples()[0][0] | {"kl_nats": v} for v in (0.0, *(q * 1.001 for q in quantiles.values()))]
+    found = shown(tokens, quantiles)
+    assert [t["shade"] for t in found["tokens"]] == [0, 1, 2, 3, 4]
+    assert [t["shade"] for t in found["farthest"]] == [4, 3, 2, 1, 0]

@@ -1,0 +1,80 @@
+"""What a run writes down about its faults, and that the next attempt goes on from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.display import Display
+from orchestrator.errors import DataError
+from orchestrator.plan.make import make_plan
+from orchestrator.run import Run, _books
+from orchestrator.spec.load import load_job
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Any:
+    job = load_job(Path(__file__).parents[2] / "jobs" / "quickstart.yaml", [f"storage={tmp_path}"])
+    plan = make_plan(job)
+    return lambda: Run(plan, Display(live=False))
+
+
+def written(run: Run) -> dict[str, Any]:
+    return json.loads((run.folder / "run.json").read_text())
+
+
+def test_a_run_without_faults_says_so(made: Any) -> None:
+    run = made()
+    with _books(run):
+        assert written(run)["status"] == "running"
+    assert written(run) == {"name": "quickstart", "status": "finished", "attempt": 1, "stages": {}, "faults": []}
+
+
+def test_faults_outlast_a_failed_attempt(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    first = made()
+    with pytest.raises(DataError), _books(first):
+        first.warn("student: a training worker died; retry 1/3")
+        raise DataError("notes.txt: row 3 is not text")
+    assert "retry 1/3" in capsys.readouterr().err and written(first)["status"] == "failed"
+    second = made()
+    with _books(second):
+        second.warn("MLflow is away")
+    faults = written(second)["faults"]
+    assert [(f["attempt"], f["text"]) for f in faults] == [
+        (1, "student: a training worker died; retry 1/3"),
+        (1, "attempt 1 ended: notes.txt: row 3 is not text"),
+        (2, "MLflow is away"),
+    ]
+    assert all(0 <= f["time_s"] < 60 for f in faults) and written(second)["status"] == "finished"
+
+
+def test_a_killed_attempt_is_a_fault_of_the_next(made: Any) -> None:
+    killed = made()
+    books = _books(killed)
+    books.__enter__()  # and never left, as by SIGKILL
+    killed.warn("said before")
+    second = made()
+    with _books(second):
+        pass
+    texts = [f["text"] for f in written(second)["faults"]]
+    assert texts[0] == "said before" and texts[1].startswith("attempt 1 was killed") and len(texts) == 2
+    assert written(second)["attempt"] == 2
+    third = made()
+    with _books(third):
+        pass
+    assert written(third)["faults"] == [] and written(third)["attempt"] == 1
+
+
+def test_an_interrupt_and_a_bug_are_named(made: Any) -> None:
+    for error, text in (
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (ValueError("one\ntwo " + "x" * 500), "ValueError: one two"),
+    ):
+        run = made()
+        with pytest.raises(type(error)), _books(run):
+            raise error
+        last = written(run)["faults"][-1]["text"]
+        assert last.startswith(f"attempt {run.attempt} ended: {text}") and len(last) <= 300
