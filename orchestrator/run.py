@@ -72,7 +72,7 @@ class Run:
         self.status: Literal["running", "failed", "finished"] = "running"
         self.faults: list[Fault] = []
         """Of this attempt and of those before it that did not finish."""
-        self._books = threading.Lock()
+        self._mutex = threading.Lock()
         self.board: Any = None
         self.spool: Spool
         self.tracker: Tracker
@@ -86,7 +86,7 @@ class Run:
         `dataset` (name, digest, source) is what the stage reads, for the lineage.
         """
         record = StageRecord(name, key, started_s=time.time() - self.started)
-        with self._books:
+        with self._mutex:
             self.stages[name] = record
         identity = stage_id(name, key)
         self.tracker.stage_started(identity, flat(params or {}) | {"fingerprint": key}, dataset)
@@ -110,7 +110,7 @@ class Run:
 
     def note(self, text: str) -> None:
         """Keep a fault."""
-        with self._books:
+        with self._mutex:
             self.faults.append(Fault(self.attempt, time.time() - self.started, one_line(text)))
         self.save()
 
@@ -158,7 +158,7 @@ class Run:
 
     def save(self) -> None:
         """Write run.json."""
-        with self._books:
+        with self._mutex:
             document = {
                 "name": self.job.name,
                 "status": self.status,

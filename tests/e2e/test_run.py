@@ -112,6 +112,15 @@ def test_report_has_what_it_promises(first: Finished) -> None:
         numbers = [found[section][key] for key in keys if not isinstance(found[section][key], str)]
         assert all(value is not None and value >= 0 for value in numbers), section
     assert {"gap_recovered", "seed", "git_commit", "fingerprints"} <= found.keys()
+    assert found["faults"] == [] and found["attempt"] == 1 and found["bottleneck"].endswith(".")
+    assert {"labels", "student", "baseline", "teacher"} == found["timeline"].keys()
+    tokens = found["heldout"]["tokens"]
+    assert tokens == 8 * 32
+    for name in ("student", "baseline"):
+        assert sum(found["heldout"]["kl_histogram"][name]) == tokens
+        bins = found["heldout"]["by_teacher_entropy"]
+        by_entropy = zip(bins["tokens"], bins[name]["kl_to_teacher_nats"], strict=True)
+        assert sum(n * kl for n, kl in by_entropy) / tokens == pytest.approx(found[name]["kl_to_teacher_nats"], rel=1e-3)
     assert found["student"]["params"] < found["teacher"]["params"]
     assert found["student"]["params"] == found["baseline"]["params"]
     ce = {name: found[name]["heldout_ce_nats"] for name in ("teacher", "student", "baseline")}

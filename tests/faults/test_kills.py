@@ -39,6 +39,7 @@ from tests.tiny import (
     eventually,
     kill,
     only,
+    report,
     started,
     statuses,
     steps_seen,
@@ -131,6 +132,9 @@ def run_trial(trial: Trial, attempt: int, reference: Reference, folder: Path) ->
     ended.assert_ok()
     if trial.kind == "worker":
         assert "a training worker died; retry 1/" in ended.stderr, ended.stderr
+    faults = [fault["text"] for fault in report(storage)["faults"]]
+    expected = {"worker": "a training worker died; retry 1/", "driver": "attempt 1 was killed"}.get(trial.kind, "")
+    assert any(expected in text for text in faults) or not expected, faults
     now = commits(storage)
     assert {name: now.get(name) for name in killed.commits} == killed.commits, "a commit has changed"
     assert_every_row_labelled_once(storage)
