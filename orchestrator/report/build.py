@@ -12,7 +12,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from orchestrator.report.charts import MODELS, charts, duration
-from orchestrator.store.files import Store
+from orchestrator.store.local import LocalStore
 
 NOTHING = "–"
 _FIELDS = ("params", "active_params", "heldout_ce_nats", "heldout_ppl", "top1_accuracy", "tokens_per_s", "size_bytes")
@@ -41,7 +41,7 @@ def write_report(run_dir: Path, report: dict[str, Any], points: list[dict[str, A
         ),
         "summary.md": summary.render(**context),
     }
-    store = Store(run_dir)
+    store = LocalStore(run_dir)
     for name, text in files.items():
         store.replace(name, text.encode())
     return [store.path(name) for name in files]

@@ -78,9 +78,9 @@ class LabelLog:
         try:
             document: Any = self.store.read_json(f"{self.folder}/key.json")
         except ValueError as error:
-            raise IntegrityError(f"{self.store.path(self.folder)}/key.json is damaged: {error}") from error
+            raise IntegrityError(f"{self.store.address(self.folder)}/key.json is damaged: {error}") from error
         if not isinstance(document, dict) or document.get("schema_version") != LABEL_SCHEMA_VERSION:
-            raise IntegrityError(f"{self.store.path(self.folder)}: not a label log of schema version {LABEL_SCHEMA_VERSION}")
+            raise IntegrityError(f"{self.store.address(self.folder)}: not a label log of schema version {LABEL_SCHEMA_VERSION}")
         return document
 
     def commit(self, shard: int, tokens: TokenShard, labels: dict[str, list[bytes]]) -> ShardRecord:
@@ -121,10 +121,10 @@ class LabelLog:
         try:
             data = self.store.read(f"{self.folder}/{record.file}")
         except FileNotFoundError as error:
-            raise IntegrityError(f"{self.store.path(self.folder)}: the file {record.file} is gone") from error
+            raise IntegrityError(f"{self.store.address(self.folder)}: the file {record.file} is gone") from error
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise IntegrityError(
-                f"{self.store.path(self.folder)}/{record.file}: sha256 mismatch, it has changed since it was written"
+                f"{self.store.address(self.folder)}/{record.file}: sha256 mismatch, it has changed since it was written"
             )
         return data
 
@@ -192,11 +192,11 @@ class LabelLog:
             record = self.committed(shard)
             if record is None:
                 continue
-            path = self.store.path(f"{self.folder}/data/{record.file}")
-            if not path.exists():
-                raise IntegrityError(f"label shard {shard}: the file {record.file} is gone")
             try:
-                table = pq.read_table(path, columns=["row_id"], use_threads=False, page_checksum_verification=True)
+                with self.store.open(f"{self.folder}/data/{record.file}") as file:
+                    table = pq.read_table(file, columns=["row_id"], use_threads=False, page_checksum_verification=True)
+            except FileNotFoundError as error:
+                raise IntegrityError(f"label shard {shard}: the file {record.file} is gone") from error
             except (pa.ArrowException, OSError) as error:
                 raise IntegrityError(f"label shard {shard}: {record.file} is damaged: {error}") from error
             ids = binary_column(table, "row_id")

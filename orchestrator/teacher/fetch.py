@@ -35,7 +35,7 @@ def fetch_teacher(store: Store, teacher: TransformersTeacher | GgufTeacher) -> M
     present = [name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()]
     files = describe_folder(folder, [*weights, *present])
     ids = vocab_size_of(folder, "teacher.path")
-    return ModelFolder(folder, ModelManifest(fingerprint=teacher.path, files=files, vocab_size=ids))
+    return ModelFolder(str(folder), ModelManifest(fingerprint=teacher.path, files=files, vocab_size=ids))
 
 
 def _converted_gguf(store: Store, teacher: GgufTeacher) -> ModelFolder:
@@ -43,42 +43,42 @@ def _converted_gguf(store: Store, teacher: GgufTeacher) -> ModelFolder:
     stage_key = f"teacher/{fingerprint('gguf', sha256_of(file), teacher.dtype)}"
     done = finished_model(store, stage_key)
     if done is None:
-        ray.get(_convert_task.remote(store, stage_key, file, teacher.dtype))
-        folder = store.path(f"{stage_key}/{MODEL}")
+        ray.get(_convert_task.remote(store, stage_key, teacher))
+        folder = store.local(f"{stage_key}/{MODEL}")
         done = finish_model(store, stage_key, vocab_size_of(folder, "teacher"), {})
     return done
 
 
 def _gguf_file(store: Store, teacher: GgufTeacher) -> Path:
+    """The teacher's file on this node."""
     if teacher.file is not None:
         file = Path(teacher.file).expanduser().absolute()
         if not file.is_file():
             raise SpecError(f"teacher.file: {teacher.file} does not exist")
         return file
     assert teacher.package is not None
-    try:
-        package = importlib.import_module(teacher.package)
-    except ImportError as error:
-        raise EnvironmentFault(f"teacher.package: {teacher.package} is not installed (extra [gemma])") from error
-    file = store.path(f"teacher/{teacher.package}.gguf")
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        package.assemble(str(partial))
-        partial.replace(file)
-    return file
+    key, name = f"teacher/{teacher.package}", f"{teacher.package}.gguf"
+    if not store.exists(key):
+        try:
+            package = importlib.import_module(teacher.package)
+        except ImportError as error:
+            raise EnvironmentFault(f"teacher.package: {teacher.package} is not installed (extra [gemma])") from error
+        with store.folder_for(key) as folder:
+            package.assemble(str(folder / name))
+    return store.local(key) / name
 
 
 @ray.remote(num_cpus=1)
-def _convert_task(store: Store, stage_key: str, file: Path, dtype: str) -> None:
+def _convert_task(store: Store, stage_key: str, teacher: GgufTeacher) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from orchestrator.models.build import DTYPES
 
+    file = _gguf_file(store, teacher)
     with store.folder_for(f"{stage_key}/{MODEL}") as folder:
         source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=DTYPES[dtype])
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=DTYPES[teacher.dtype])
         # Its weights are plain tensors by now; transformers still thinks of it as quantized and would not save it.
         model.hf_quantizer = None
         del model.config.quantization_config

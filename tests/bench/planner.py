@@ -124,7 +124,7 @@ def training_job(training: Case) -> Any:
             "parallel": {"kind": "zero", "stage": training["stage"]},
         }
     )
-    soft = Soft("", SampledLabels(), Objective(alpha=0.3), Path("/nowhere"), "bf16")
+    soft = Soft("", SampledLabels(), Objective(alpha=0.3), "/nowhere", "bf16")
     model = Model(type=training["type"], config=training["config"])
     counts = {"documents": 0, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
     manifest = TokenManifest(
