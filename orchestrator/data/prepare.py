@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import ray
 
 from orchestrator.data.pack import PackedPiece, pack_piece
 from orchestrator.data.sources import Piece, corpus_listing, list_pieces
-from orchestrator.data.tokenizer import TokenizerFacts, tokenizer_facts, train_tokenizer
+from orchestrator.data.tokenizer import TokenizerFacts, copy_tokenizer, tokenizer_facts, train_tokenizer
 from orchestrator.errors import DataError
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.runtime.environment import limit_threads
@@ -98,7 +97,7 @@ def _tokenizer_task(store: Store, corpus: Corpus, pieces: list[Piece]) -> Tokeni
     if not store.exists(key):
         with store.folder_for(key) as folder:
             if corpus.teacher_tokenizer is not None:
-                shutil.copytree(local_folder(corpus.teacher_tokenizer), folder, dirs_exist_ok=True)
+                copy_tokenizer(local_folder(corpus.teacher_tokenizer), folder)
             else:
                 assert isinstance(corpus.data.tokenizer, TrainTokenizer)
                 train_tokenizer(corpus.data, corpus.data.tokenizer, pieces, folder)

@@ -20,7 +20,7 @@ def export_model(model: Path, target: str, report: dict[str, Any], keep_mtp: boo
     Raises `EnvironmentFault` if `target` cannot be written or holds something that is no model.
     """
     store = open_store(target)
-    if Path(target).is_symlink() or (store.exists("") and not store.exists("config.json")):
+    if Path(target).expanduser().is_symlink() or (store.exists("") and not store.exists("config.json")):
         raise EnvironmentFault(f"export.directory: {target} exists and is not a model folder; it is left alone")
     with store.folder_for("") as built, storage_faults(built):
         shutil.copytree(model, built, ignore=None if keep_mtp else shutil.ignore_patterns(MTP), dirs_exist_ok=True)

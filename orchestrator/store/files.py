@@ -144,7 +144,7 @@ def open_store(root: str | Path) -> Store:
 
         return LocalStore(root)
     if scheme != "s3":
-        raise SpecError(f"storage: {root} is neither a directory nor s3://bucket/prefix")
+        raise SpecError(f"{root} is neither a directory nor s3://bucket/prefix")
     from orchestrator.store.s3 import S3Store  # the client library is loaded where it is used
 
     return S3Store(str(root))

@@ -96,7 +96,8 @@ class LocalStore(Store):
 
     @contextmanager
     def part_of(self, key: str) -> Generator[Part]:
-        part = Part(_temporary(self.path(key)))
+        path = self.path(key)
+        part = Part(path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:12]}")
         with storage_faults(part.folder):
             part.folder.mkdir(parents=True)
         try:

@@ -49,7 +49,7 @@ class S3Store(Store):
     def __init__(self, root: str) -> None:
         name, _, self._prefix = root.removeprefix("s3://").strip("/").partition("/")
         if not name:
-            raise SpecError(f"storage: {root} names no bucket: s3://bucket/prefix")
+            raise SpecError(f"{root} names no bucket: s3://bucket/prefix")
         self._bucket = Bucket(name)
 
     def address(self, key: str = "") -> str:

@@ -95,6 +95,12 @@ def test_a_run_in_a_bucket_is_the_run_in_a_directory(reference: Reference, remot
     assert exported.items() >= student.items() and exported.keys() - student.keys() == {"README.md"}
     assert not [path for path in remote.folder.rglob("*") if path.suffix == ".parquet" and storage not in path.parents]
 
+    shown = distill(remote.folder / "report", "report", f"{remote.job['storage']}/runs/tiny").assert_ok()
+    assert shown.stdout == (storage / "runs" / "tiny" / "summary.md").read_text()
+    log = f"{remote.job['storage']}/labels/{only(storage / 'labels').name}"
+    verified = distill(remote.folder / "verify", "labels", "verify", log).assert_ok()
+    assert verified.stdout.startswith(f"{reference.shards} shards, ")
+
     again = remote.run().assert_ok()
     storage = remote.download()
     found = statuses(storage)
