@@ -154,7 +154,7 @@ def _training(job: Job, model: Model, vocab: int, teacher: Path) -> TrainingJob:
     counts = {"documents": 0, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
     shape = {"seq_len": job.data.seq_len, "vocab_size": vocab, "tokenizer_sha256": ""}
     manifest = TokenManifest.model_validate({"fingerprint": "", "train": (), "heldout": (), **shape, **counts})
-    soft = Soft("", _plain(job.labels), objective, teacher, job.teacher.dtype)
+    soft = Soft("", _plain(job.labels), objective, str(teacher), job.teacher.dtype)
     return TrainingJob("student", model, vocab, train, job.seed, "", manifest, soft)
 
 

@@ -94,20 +94,22 @@ def schema() -> None:
 
 @app.command()
 def report(
-    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")], as_json: AsJson = False
+    run_directory: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")], as_json: AsJson = False
 ) -> None:
     """Print the summary of a finished run."""
     from orchestrator.errors import SpecError
+    from orchestrator.store.files import open_store
 
-    file = run_directory / ("report.json" if as_json else "summary.md")
-    if not file.is_file():
-        raise SpecError(f"{run_directory}: no {file.name} there; the run has not finished or is elsewhere")
-    print(file.read_text(), end="")
+    name = "report.json" if as_json else "summary.md"
+    try:
+        print(open_store(run_directory).read(name).decode(), end="")
+    except FileNotFoundError:
+        raise SpecError(f"{run_directory}: no {name} there; the run has not finished or is elsewhere") from None
 
 
 @labels_app.command("inspect")
 def labels_inspect(
-    path: Annotated[Path, typer.Argument(help="Label log: STORAGE/labels/KEY.")], as_json: AsJson = False
+    path: Annotated[str, typer.Argument(help="Label log: STORAGE/labels/KEY.")], as_json: AsJson = False
 ) -> None:
     """Show what a label log holds, what each column costs, and the entropy of what is in it."""
     from dataclasses import asdict
@@ -135,21 +137,22 @@ def labels_inspect(
 
 
 @labels_app.command("verify")
-def labels_verify(path: Annotated[Path, typer.Argument(help="Label log: STORAGE/labels/KEY.")]) -> None:
+def labels_verify(path: Annotated[str, typer.Argument(help="Label log: STORAGE/labels/KEY.")]) -> None:
     """Read every shard of a label log and check every byte; exit code 5 names the first damaged shard."""
     found = _open_log(path).verify()
     print(f"{len(found)} shards, {sum(r.rows for _, r in found):,} rows: intact")
 
 
-def _open_log(path: Path) -> Any:
+def _open_log(path: str) -> Any:
     from orchestrator.errors import SpecError
-    from orchestrator.store.files import Store
+    from orchestrator.store.files import open_store
     from orchestrator.store.label_log import LabelLog
 
-    folder = path.absolute()
-    if not (folder / "key.json").is_file() or folder.parent.name != "labels":
+    address = open_store(path).address()
+    root, _, key = address.rpartition("/labels/")
+    if not root or "/" in key or not open_store(address).exists("key.json"):
         raise SpecError(f"{path}: not a label log (STORAGE/labels/KEY)")
-    return LabelLog(Store(folder.parent.parent), folder.name)
+    return LabelLog(open_store(root), key)
 
 
 def main() -> None:

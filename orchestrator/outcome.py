@@ -29,9 +29,9 @@ def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolde
 
     job = run.job
     precision = job.train.precision
-    subjects = {"teacher": Subject(teacher.path, job.teacher.dtype), "student": Subject(student.path, precision)}
+    subjects = {"teacher": Subject(teacher.address, job.teacher.dtype), "student": Subject(student.address, precision)}
     if baseline is not None:
-        subjects["baseline"] = Subject(baseline.path, precision)
+        subjects["baseline"] = Subject(baseline.address, precision)
     key = fingerprint("evaluate", job.evaluate, tokens.manifest.content, student.manifest.content)
     with run.stage("evaluate", key) as stage:
         cpus = max(1, min(run.plan.cpu_slots, os.cpu_count() or 1)) if job.cluster.address == "local" else 1
@@ -77,14 +77,13 @@ def compose(run: Run, tokens: Tokens, labels: Labelled, student: ModelFolder, me
     }
 
 
-def export(run: Run, student: ModelFolder, report: dict[str, Any]) -> Path:
+def export(run: Run, student: ModelFolder, report: dict[str, Any]) -> None:
     """The student as a Hugging Face folder."""
     from orchestrator.export.folder import export_model
 
-    asked = run.job.export.directory
-    target = Path(asked).expanduser().absolute() if asked else run.folder / "export"
+    target = run.job.export.directory or run.store.address(f"{run.plan.run_key}/export")
     with run.stage("export", student.manifest.content):
-        return export_model(student.path, target, report, run.job.export.mtp == "keep")
+        export_model(student.path, target, report, run.job.export.mtp == "keep")
 
 
 def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[str, Any]:

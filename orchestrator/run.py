@@ -8,24 +8,27 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from orchestrator.display import Display
-from orchestrator.errors import find_user_error, one_line
+from orchestrator.errors import SpecError, find_user_error, one_line
 from orchestrator.plan.explain import as_dict
 from orchestrator.plan.make import Plan
 from orchestrator.runtime.environment import job_tags, tracking_uri
 from orchestrator.runtime.session import ray_session
 from orchestrator.spec.load import resolved_yaml
-from orchestrator.store.files import Store, storage_faults
-from orchestrator.store.lock import exclusive
+from orchestrator.store.files import StillOurs, Store, open_store, storage_faults
+from orchestrator.store.local import LocalStore
 from orchestrator.tracking.mlflow_tracker import Tracker, redact, run_url
 from orchestrator.tracking.names import stage_id
 from orchestrator.tracking.spool import Spool
 
 RUN = "run.json"
+METRICS, OUTBOX = "metrics.jsonl", "tracking.json"
+"""Files of the run directory that are written on and on."""
 MONITOR_EVERY_S = 0.5
 TRACKER_DRAIN_S = 15.0
 
@@ -64,8 +67,10 @@ class Run:
 
     def __init__(self, plan: Plan, display: Display) -> None:
         self.plan, self.job, self.display = plan, plan.job, display
-        self.store = Store(plan.storage)
-        self.folder = self.store.path(plan.run_key)
+        self.store = open_store(plan.storage)
+        self.folder: Path
+        """The run directory, or where this process works on what of it is appended to."""
+        self.still_ours: StillOurs
         self.started = time.time()
         self.stages: dict[str, StageRecord] = {}
         self.attempt = 1
@@ -178,13 +183,14 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
     run = Run(plan, display)
     run.store.check_writable()
     with ExitStack() as stack:
-        stack.enter_context(exclusive(run.folder / "lock"))
+        run.still_ours = stack.enter_context(run.store.exclusive(f"{plan.run_key}/lock"))
         stack.enter_context(_books(run))
+        run.folder = stack.enter_context(run.store.workspace(plan.run_key, (METRICS, OUTBOX), run.still_ours))
         run.store.replace(f"{plan.run_key}/job.yaml", resolved_yaml(plan.job).encode(), private=True)
         run.store.replace(f"{plan.run_key}/plan.json", json.dumps(as_dict(plan), indent=1).encode(), private=True)
-        run.spool = Spool(run.folder / "metrics.jsonl")
+        run.spool = Spool(run.folder / METRICS)
         run.tracker, address = _tracker(run)
-        where = f"run {run.folder}  mlflow {address}"
+        where = f"run {run.store.address(plan.run_key)}  mlflow {address}"
         stack.enter_context(display.open(where, plan))
         stack.callback(_close_tracker, run)
         stack.enter_context(ray_session(plan.job.cluster, plan.cpu_slots))
@@ -219,21 +225,30 @@ def _books(run: Run) -> Iterator[None]:
 
 def _tracker(run: Run) -> tuple[Tracker, str]:
     tracking = run.job.tracking
-    uri = tracking.uri or tracking_uri() or f"sqlite:///{run.store.root / 'mlflow.db'}"
-    own = uri.startswith("sqlite:")
+    uri = tracking.uri or tracking_uri() or (_own_database(run.store) if tracking.enabled else "")
+    own = uri.startswith("sqlite:") and isinstance(run.store, LocalStore)
     tracker = Tracker(
         uri=uri,
         experiment=tracking.experiment,
         run_name=run.job.name,
         spool_path=run.spool.path,
-        state_path=run.folder / "tracking.json",
-        tags={"run_directory": str(run.folder), "seed": str(run.job.seed), **job_tags()},
-        artifact_location=(run.store.root / "mlartifacts").as_uri() if own else None,
+        state_path=run.folder / OUTBOX,
+        tags={"run_directory": run.store.address(run.plan.run_key), "seed": str(run.job.seed), **job_tags()},
+        artifact_location=Path(run.store.address("mlartifacts")).as_uri() if own else None,
         warn=run.warn,
         enabled=tracking.enabled,
     )
     tracker.start()
     return tracker, run_url(uri) if tracking.enabled else "off"
+
+
+def _own_database(store: Store) -> str:
+    if not isinstance(store, LocalStore):
+        raise SpecError(
+            f"tracking.uri: {store.address()} cannot hold MLflow's database; give the address of an MLflow server there or in "
+            "MLFLOW_TRACKING_URI, or set tracking.enabled: false"
+        )
+    return f"sqlite:///{store.address('mlflow.db')}"
 
 
 def _close_tracker(run: Run) -> None:
@@ -250,6 +265,7 @@ def _monitor(run: Run) -> Iterator[None]:
     def watch() -> None:
         try:
             while not stop.wait(MONITOR_EVERY_S):
+                run.still_ours()
                 run.collect()
         except Exception as error:
             failures.append(error)

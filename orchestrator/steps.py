@@ -94,7 +94,7 @@ def fetch_teacher(run: Run) -> ModelFolder | None:
 def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:
     """Token shards of the corpus, in the teacher's tokenizer if there is a teacher."""
     identity = "" if teacher is None else teacher.manifest.files["tokenizer.json"].sha256
-    corpus = identify_corpus(run.job.data, None if teacher is None else teacher.path, identity)
+    corpus = identify_corpus(run.job.data, None if teacher is None else teacher.address, identity)
     source = run.job.data.source
     lineage = {"name": source.kind, "digest": corpus.key, "source": source.model_dump_json()}
     with run.stage("data", corpus.key, {"data": run.job.data}, lineage) as stage:
@@ -153,7 +153,7 @@ def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | I
         job.seed,
         tokens.folder,
         tokens.manifest,
-        Soft(log.key, job.labels, job.objective, teacher.path, job.teacher.dtype),
+        Soft(log.key, job.labels, job.objective, teacher.address, job.teacher.dtype),
         Ahead(job.student.mtp_depth, job.student.mtp_weight) if job.student.mtp_depth else Ahead(),
     )
     return Labelling(log, student, student.demanded_shards())
@@ -190,7 +190,7 @@ def _label_missing(
     work = Work(
         store=run.store,
         data_folder=tokens.folder,
-        model=teacher.path,
+        model=teacher.address,
         vocab_size=teacher.manifest.vocab_size,
         dtype=spec.dtype,
         labels=run.job.labels if behind else run.job.labels.model_copy(update={"run_ahead": None}),

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from orchestrator.spec.data import Data, TextSource, TrainTokenizer
-from orchestrator.store.files import Store
+from orchestrator.store.local import LocalStore
 from orchestrator.store.records import TokenManifest
 
 SEED = int(os.environ.get("DISTILL_TEST_SEED") or secrets.randbelow(2**31))
@@ -39,8 +39,8 @@ def seed() -> int:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "store")
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class TokenizedCorpus:
-    store: Store
+    store: LocalStore
     folder: str
     data: Data
     manifest: TokenManifest
@@ -68,7 +68,7 @@ def tokenized(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Tokeniz
     from orchestrator.data.sources import list_pieces
     from orchestrator.data.tokenizer import tokenizer_facts, train_tokenizer
 
-    store, folder = Store(tmp_path_factory.mktemp("tokenized")), "data/corpus"
+    store, folder = LocalStore(tmp_path_factory.mktemp("tokenized")), "data/corpus"
     tokenizer = TrainTokenizer(vocab_size=400)
     source = TextSource(kind="text", paths=(f"{corpus}/*.txt",))
     data = Data(source=source, tokenizer=tokenizer, seq_len=32, rows_per_shard=16, heldout_fraction=0.2)

@@ -121,7 +121,7 @@ def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: Token
     train, heldout = _Windows(data.seq_len, facts), _Windows(data.seq_len, facts)
     skipped = cut = 0
     most = HELDOUT_WINDOWS_PER_DOCUMENT * data.seq_len
-    tokenizer = store.path(f"{folder}/tokenizer/tokenizer.json")
+    tokenizer = store.local(f"{folder}/tokenizer") / "tokenizer.json"
     for document in _tokenized(data, piece, tokenizer):
         if document is None:
             skipped += 1

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from orchestrator.data.pack import PackedPiece, pack_piece
 from orchestrator.data.sources import Piece, corpus_listing, list_pieces
-from orchestrator.data.tokenizer import TokenizerFacts, tokenizer_facts, train_tokenizer
+from orchestrator.data.tokenizer import TokenizerFacts, copy_tokenizer, tokenizer_facts, train_tokenizer
 from orchestrator.errors import DataError
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.runtime.environment import limit_threads
 from orchestrator.runtime.session import quiet_ray_data
 from orchestrator.spec.data import Data, TrainTokenizer
-from orchestrator.store.files import Store
+from orchestrator.store.files import Store, local_folder
 from orchestrator.store.records import MANIFEST, TokenManifest
 from orchestrator.store.shards import TOKEN_SCHEMA_VERSION
 
@@ -28,15 +26,15 @@ class Corpus:
 
     key: str
     data: Data
-    teacher_tokenizer: Path | None
-    """Folder of the tokenizer to use; None to train one."""
+    teacher_tokenizer: str | None
+    """Address of a folder with the tokenizer to use; None to train one."""
 
     @property
     def folder(self) -> str:
         return f"data/{self.key}"
 
 
-def identify_corpus(data: Data, teacher_tokenizer: Path | None, tokenizer_identity: str) -> Corpus:
+def identify_corpus(data: Data, teacher_tokenizer: str | None, tokenizer_identity: str) -> Corpus:
     """Name the token shards that `data` will become; raises `DataError` if there is nothing to read."""
     key = fingerprint("data", TOKEN_SCHEMA_VERSION, data, corpus_listing(data.source), tokenizer_identity)
     return Corpus(key, data, teacher_tokenizer)
@@ -101,8 +99,8 @@ def _tokenizer_task(store: Store, corpus: Corpus, pieces: list[Piece]) -> Tokeni
     if not store.exists(key):
         with store.folder_for(key) as folder:
             if corpus.teacher_tokenizer is not None:
-                shutil.copytree(corpus.teacher_tokenizer, folder, dirs_exist_ok=True)
+                copy_tokenizer(local_folder(corpus.teacher_tokenizer), folder)
             else:
                 assert isinstance(corpus.data.tokenizer, TrainTokenizer)
                 train_tokenizer(corpus.data, corpus.data.tokenizer, pieces, folder)
-    return tokenizer_facts(store.path(key))
+    return tokenizer_facts(store.local(key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ def train_tokenizer(data: Data, spec: TrainTokenizer, pieces: Sequence[Piece], f
         )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     wrapped.save_pretrained(folder)
+
+
+def copy_tokenizer(model: Path, folder: Path) -> None:
+    """Bring the tokenizer of a model folder into `folder`: all of it but the weights."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*", "*.gguf"), dirs_exist_ok=True)
 
 
 def tokenizer_facts(folder: Path) -> TokenizerFacts:

@@ -25,7 +25,7 @@ from orchestrator.models.mtp import load_mtp
 from orchestrator.models.router import active_parameters
 from orchestrator.plan.memory import head_rows
 from orchestrator.runtime.environment import limit_threads
-from orchestrator.store.files import Store
+from orchestrator.store.files import Store, local_folder
 from orchestrator.store.records import TokenManifest
 from orchestrator.store.shards import read_tokens
 
@@ -36,9 +36,15 @@ ECE_BINS = 15
 class Subject:
     """A model to measure."""
 
-    folder: Path
+    address: str
+    """Of its folder."""
     dtype: Literal["bf16", "fp32", "fp8"]
     """What it was trained in; fp8 is measured as the bf16 that it is saved in."""
+
+    @property
+    def folder(self) -> Path:
+        """On this node."""
+        return local_folder(self.address)
 
     @property
     def size_bytes(self) -> int:

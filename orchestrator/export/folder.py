@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import EnvironmentFault
+from orchestrator.store.files import open_store, storage_faults
 
 MTP = "mtp"
 
 
-def export_model(model: Path, target: Path, report: dict[str, Any], keep_mtp: bool) -> Path:
-    """Copy the model folder to `target` with a card made of `report`; replaces an earlier export only when complete.
+def export_model(model: Path, target: str, report: dict[str, Any], keep_mtp: bool) -> None:
+    """Copy the model folder to the address `target` with a card made of `report`; an earlier export stays until all is there.
 
     `keep_mtp` keeps multi-token-prediction modules, if there are any, beside the model.
 
     Raises `EnvironmentFault` if `target` cannot be written or holds something that is no model.
     """
-    if target.is_symlink() or (target.exists() and not (target / "config.json").is_file()):
+    store = open_store(target)
+    if Path(target).expanduser().is_symlink() or (store.exists("") and not store.exists("config.json")):
         raise EnvironmentFault(f"export.directory: {target} exists and is not a model folder; it is left alone")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.parent / f".tmp-{uuid.uuid4().hex[:12]}"
-        shutil.copytree(model, partial, ignore=None if keep_mtp else shutil.ignore_patterns(MTP))
-        (partial / "README.md").write_text(model_card(report))
-        if target.exists():
-            shutil.rmtree(target)
-        partial.replace(target)
-    except OSError as error:
-        raise EnvironmentFault(f"export.directory: {target}: {error.strerror or error}") from error
-    return target
+    with store.folder_for("") as built, storage_faults(built):
+        shutil.copytree(model, built, ignore=None if keep_mtp else shutil.ignore_patterns(MTP), dirs_exist_ok=True)
+        (built / "README.md").write_text(model_card(report))
 
 
 def model_card(report: dict[str, Any]) -> str:

@@ -58,7 +58,8 @@ def label_costs(log: LabelLog) -> Costs:
 
 
 def _compressed(log: LabelLog, record: ShardRecord) -> Mapping[str, int]:
-    group = pq.ParquetFile(log.store.path(f"{log.folder}/data/{record.file}")).metadata.row_group(0)
+    with log.store.open(f"{log.folder}/data/{record.file}") as file:
+        group = pq.ParquetFile(file).metadata.row_group(0)
     columns: list[Any] = [group.column(i) for i in range(group.num_columns)]
     return {column.path_in_schema: column.total_compressed_size for column in columns}
 

@@ -13,7 +13,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     """The plan as JSON-ready data; `plan.json` of a run."""
     return {
         "job": plan.job.model_dump(mode="json"),
-        "run_directory": str(plan.storage / plan.run_key),
+        "run_directory": plan.run_directory,
         "stages": [asdict(stage) for stage in plan.stages],
         "student": asdict(plan.student),
         "teacher": asdict(plan.teacher) if plan.teacher else None,
@@ -25,7 +25,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 def explain(plan: Plan) -> str:
     """The plan for a person."""
-    lines = [f"{plan.job.name}: {plan.storage / plan.run_key}", "", "stages"]
+    lines = [f"{plan.job.name}: {plan.run_directory}", "", "stages"]
     for stage in plan.stages:
         needs = f"{stage.cpus:g} CPU" + (f" {stage.gpus:g} GPU" if stage.gpus else "") if stage.cpus or stage.gpus else "driver"
         lines.append(f"  {stage.name:<9} {needs:<14} {stage.what}")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import SpecError
 from orchestrator.plan.batch import Batch
 from orchestrator.plan.deepspeed_config import deepspeed_config
 from orchestrator.plan.footprint import Footprint, Rows, footprint
@@ -65,14 +64,17 @@ class Plan:
         return f"runs/{self.job.name}"
 
     @property
-    def storage(self) -> Path:
-        return Path(self.job.storage).expanduser()
+    def storage(self) -> str:
+        """A directory or an `s3://` address."""
+        return self.job.storage.rstrip("/") if "://" in self.job.storage else str(Path(self.job.storage).expanduser())
+
+    @property
+    def run_directory(self) -> str:
+        return f"{self.storage}/{self.run_key}"
 
 
 def make_plan(job: Job) -> Plan:
     """The plan of `job`. Pure; needs no cluster, no storage and no model library."""
-    if "://" in job.storage:
-        raise SpecError(f"storage: {job.storage} is not a directory; object stores are not supported yet")
     vocab = vocabulary(job)
     label_rows = job.train.steps * job.train.global_batch
     per_token = label_bytes_per_token(job.labels, vocab or UNKNOWN_VOCABULARY, _teacher_width(job))

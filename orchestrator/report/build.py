@@ -17,7 +17,7 @@ from orchestrator.report.charts import charts
 from orchestrator.report.charts.figure import MODELS
 from orchestrator.report.text import shown
 from orchestrator.report.words import percent
-from orchestrator.store.files import Store
+from orchestrator.store.local import LocalStore
 
 _FIELDS = ("params", "active_params", "heldout_ce_nats", "heldout_ppl", "top1_accuracy", "tokens_per_s", "size_bytes")
 
@@ -54,7 +54,7 @@ def write_report(
         ),
         "summary.md": summary.render(**context),
     }
-    store = Store(run_dir)
+    store = LocalStore(run_dir)
     for name, text in files.items():
         store.replace(name, text.encode())
     return [store.path(name) for name in files]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from orchestrator.spec.base import Spec
 from orchestrator.spec.data import Data, TeacherTokenizer
@@ -34,7 +35,7 @@ class Export(Spec):
 class Tracking(Spec):
     enabled: bool = True
     uri: str | None = None
-    """MLflow tracking URI; null: $MLFLOW_TRACKING_URI, else an SQLite file in the storage."""
+    """MLflow tracking URI; null: $MLFLOW_TRACKING_URI, else an SQLite file in the storage, if that is a directory."""
     experiment: str = Field(default="distill", min_length=1, max_length=250)
 
 
@@ -52,6 +53,7 @@ class Job(Spec):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Student initialisation and training order."""
     storage: str = Field(default="./distill-store", min_length=1)
+    """A directory that all nodes share, or `s3://bucket/prefix` with what the AWS_* environment variables say."""
     data: Data = Data()
     teacher: Teacher = PretrainTeacher()
     labels: Labels = SampledLabels()
@@ -62,6 +64,13 @@ class Job(Spec):
     export: Export = Export()
     tracking: Tracking = Tracking()
     cluster: Cluster = Cluster()
+
+    @field_validator("storage")
+    @classmethod
+    def _known_storage(cls, storage: str) -> str:
+        if "://" in storage and not re.match(r"s3://[^/]", storage):
+            raise ValueError(f"{storage} is neither a directory nor s3://bucket/prefix")
+        return storage
 
     @model_validator(mode="after")
     def _labels_serve_objective(self) -> Job:

@@ -1,6 +1,7 @@
-"""Durable files under one root: written whole or not at all, and never overwritten by a second writer.
+"""The storage as the rest of the program knows it: files and folders that are whole or not there.
 
-This is the only module that writes into the storage. Its three writes are `put_if_absent` (first writer wins; the
+`Store` is the interface, `open_store` the one place that knows which storage an address means: a directory that all nodes
+share (`store/local.py`) or an S3 bucket (`store/s3.py`). Its three writes are `put_if_absent` (first writer wins; the
 building block of every commit), `replace` (the newest whole version wins) and `publish` (a finished folder).
 """
 
@@ -9,17 +10,149 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Generator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from orchestrator.errors import EnvironmentFault, SpecError
 
+if TYPE_CHECKING:
+    from orchestrator.store.records import FileRecord
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+StillOurs = Callable[[], None]
+"""Raises `LockedError` if a lock that was taken has been lost since."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process adds to a folder that is being built."""
+
+    folder: Path
+    """Where it writes."""
+    files: dict[str, FileRecord] = field(default_factory=dict[str, "FileRecord"])
+    """By relative name, once it has written them all."""
+
+
+class Store(ABC):
+    """Files and folders addressed by keys with `/`; picklable and cheap to make, so that remote workers can carry it.
+
+    Every method raises `EnvironmentFault`, naming the address, for a storage that is full, gone or forbidden.
+    """
+
+    @abstractmethod
+    def address(self, key: str = "") -> str:
+        """Where `key` lies, as a person would write it; what `local_folder` takes."""
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        """Whether there is a file or a finished folder `key`."""
+
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """The whole content; raises `FileNotFoundError` for a key that is not there."""
+
+    @abstractmethod
+    def open(self, key: str) -> BinaryIO:
+        """The file for reading, of which only what is read need travel; raises `FileNotFoundError`."""
+
+    def read_json(self, key: str) -> Any | None:
+        """The parsed content, or None for a key that is not there."""
+        try:
+            return json.loads(self.read(key))
+        except FileNotFoundError:
+            return None
+
+    @abstractmethod
+    def keys(self, folder: str) -> list[str]:
+        """Names of the complete files and finished folders in `folder`, sorted."""
+
+    @abstractmethod
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write `data` under `key` unless it is taken; True if `data` is what stands there afterwards. Atomic and durable."""
+
+    @abstractmethod
+    def replace(self, key: str, data: bytes, private: bool = False) -> None:
+        """Write `data` under `key`, whatever stood there. Atomic and durable.
+
+        `private` is for its owner's eyes only, where the storage knows of owners.
+        """
+
+    @abstractmethod
+    def remove(self, key: str) -> None:
+        """Remove the file or folder `key` and what is in it, if there is any."""
+
+    @abstractmethod
+    def contents(self, key: str) -> dict[str, FileRecord] | None:
+        """The files of the finished folder `key` as they are now; None if there is none or if it is visibly damaged."""
+
+    @abstractmethod
+    def local(self, key: str) -> Path:
+        """The finished folder `key` as a folder on this node, only to be read.
+
+        Raises `FileNotFoundError` if there is none, and `IntegrityError` if what arrives here is not what was stored.
+        """
+
+    @abstractmethod
+    def forget(self, key: str) -> None:
+        """Free what `local(key)` takes on this node beside the storage; nobody may be reading it."""
+
+    @abstractmethod
+    def part_of(self, key: str) -> AbstractContextManager[Part]:
+        """A new folder to write a part of the folder `key` in; stored, but not visible, when the block ends."""
+
+    @abstractmethod
+    def publish(self, key: str, parts: Sequence[Part]) -> None:
+        """Make the folder `key` of its stored `parts`, in place of what may stand there; called by one process."""
+
+    @abstractmethod
+    def sweep(self, folder: str) -> None:
+        """Remove from `folder` the parts of folders that were never published; nobody may be building there."""
+
+    @contextmanager
+    def folder_for(self, key: str) -> Generator[Path]:
+        """A new folder to build `key` in; published when the block ends without an error."""
+        with self.part_of(key) as part:
+            yield part.folder
+        self.publish(key, [part])
+
+    @abstractmethod
+    def exclusive(self, key: str) -> AbstractContextManager[StillOurs]:
+        """Hold the lock `key`; raises `LockedError`, naming the holder, if another process has it."""
+
+    @abstractmethod
+    def workspace(self, key: str, names: Sequence[str], still_ours: StillOurs) -> AbstractContextManager[Path]:
+        """The folder `key` for one process to work in with plain files, among them those called `names` that are there.
+
+        Where that is not the storage itself, what is written goes there every few seconds while `still_ours`, and at the end.
+        """
+
+    @abstractmethod
+    def check_writable(self) -> None:
+        """Raise `EnvironmentFault` now if the storage cannot be written."""
+
+
+def open_store(root: str | Path) -> Store:
+    """The storage at `root`, a directory or `s3://bucket/prefix`; raises `SpecError` for any other address."""
+    scheme, separator, _ = str(root).partition("://")
+    if not separator:
+        from orchestrator.store.local import LocalStore
+
+        return LocalStore(root)
+    if scheme != "s3":
+        raise SpecError(f"{root} is neither a directory nor s3://bucket/prefix")
+    from orchestrator.store.s3 import S3Store  # the client library is loaded where it is used
+
+    return S3Store(str(root))
+
+
+def local_folder(address: str) -> Path:
+    """The finished folder at `address`, in the storage or a user's own, as a folder on this node; raises as `Store.local`."""
+    return open_store(address).local("")
 
 
 @contextmanager
@@ -33,134 +166,7 @@ def storage_faults(path: Path) -> Generator[None]:
         raise EnvironmentFault(f"storage {path}: {error.strerror or error}") from error
 
 
-class Store:
-    """A directory tree addressed by keys with `/`; picklable, so that remote workers can carry it."""
-
-    def __init__(self, root: str | Path) -> None:
-        if "://" in str(root):
-            raise SpecError(f"storage: {root} is not a directory; object stores are not supported yet")
-        self.root = Path(root).absolute()
-
-    def path(self, key: str) -> Path:
-        path = self.root / key
-        assert ".." not in Path(key).parts and not Path(key).is_absolute(), key
-        return path
-
-    def exists(self, key: str) -> bool:
-        return self.path(key).exists()
-
-    def read(self, key: str) -> bytes:
-        """The whole content; raises `FileNotFoundError` for a key that is not there."""
-        path = self.path(key)
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise EnvironmentFault(f"storage {path}: {error.strerror or error}") from error
-
-    def read_json(self, key: str) -> Any | None:
-        """The parsed content, or None for a key that is not there."""
-        try:
-            return json.loads(self.read(key))
-        except FileNotFoundError:
-            return None
-
-    def keys(self, folder: str) -> list[str]:
-        """Names of the complete files in `folder`, sorted."""
-        try:
-            names = [path.name for path in self.path(folder).iterdir()]
-        except FileNotFoundError:
-            return []
-        return sorted(n for n in names if not n.startswith(".tmp"))
-
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write `data` under `key` unless it is taken; True if this call wrote it. Atomic and durable."""
-        path = self.path(key)
-        with storage_faults(path):
-            temporary = self._write_temporary(path, data)
-            try:
-                os.link(temporary, path)
-                return True
-            except FileExistsError:
-                return False
-            finally:
-                temporary.unlink()
-                _sync_folder(path.parent)
-
-    def replace(self, key: str, data: bytes, private: bool = False) -> None:
-        """Write `data` under `key`, whatever stood there; `private` for its owner's eyes only. Atomic and durable."""
-        path = self.path(key)
-        with storage_faults(path):
-            temporary = self._write_temporary(path, data)
-            try:
-                if private:
-                    temporary.chmod(0o600)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            _sync_folder(path.parent)
-
-    def publish(self, temporary: Path, key: str) -> None:
-        """Move the finished folder `temporary` to `key`, in place of an incomplete one that may stand there."""
-        path = self.path(key)
-        with storage_faults(path):
-            for file in temporary.rglob("*"):
-                _sync_file(file)
-            if path.exists():
-                shutil.rmtree(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.replace(path)
-            _sync_folder(path.parent)
-
-    @contextmanager
-    def folder_for(self, key: str) -> Generator[Path]:
-        """A temporary folder beside `key` to build in; published as `key` when the block ends without an error."""
-        final = self.path(key)
-        temporary = final.parent / f".tmp-{uuid.uuid4().hex[:12]}"
-        with storage_faults(temporary):
-            temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            self.publish(temporary, key)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def check_writable(self) -> None:
-        """Raise `EnvironmentFault` now if the storage cannot be written."""
-        key = f".probe-{uuid.uuid4().hex[:12]}"
-        self.put_if_absent(key, b"")
-        self.path(key).unlink()
-
-    def _write_temporary(self, path: Path, data: bytes) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".tmp-{uuid.uuid4().hex[:12]}"
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        return temporary
-
-
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

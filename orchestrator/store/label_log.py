@@ -90,9 +90,9 @@ class LabelLog:
         try:
             document: Any = self.store.read_json(f"{self.folder}/key.json")
         except ValueError as error:
-            raise IntegrityError(f"{self.store.path(self.folder)}/key.json is damaged: {error}") from error
+            raise IntegrityError(f"{self.store.address(self.folder)}/key.json is damaged: {error}") from error
         if not isinstance(document, dict) or document.get("schema_version") != LABEL_SCHEMA_VERSION:
-            raise IntegrityError(f"{self.store.path(self.folder)}: not a label log of schema version {LABEL_SCHEMA_VERSION}")
+            raise IntegrityError(f"{self.store.address(self.folder)}: not a label log of schema version {LABEL_SCHEMA_VERSION}")
         return document
 
     def commit(self, shard: int, tokens: TokenShard, labels: dict[str, list[bytes]]) -> ShardRecord:
@@ -134,10 +134,10 @@ class LabelLog:
         try:
             data = self.store.read(f"{self.folder}/{record.file}")
         except FileNotFoundError as error:
-            raise IntegrityError(f"{self.store.path(self.folder)}: the file {record.file} is gone") from error
+            raise IntegrityError(f"{self.store.address(self.folder)}: the file {record.file} is gone") from error
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise IntegrityError(
-                f"{self.store.path(self.folder)}/{record.file}: sha256 mismatch, it has changed since it was written"
+                f"{self.store.address(self.folder)}/{record.file}: sha256 mismatch, it has changed since it was written"
             )
         return data
 
@@ -215,7 +215,7 @@ class LabelLog:
         parts = [shards[i : i + SHARDS_A_READER] for i in range(0, len(shards), SHARDS_A_READER)]
         with ThreadPoolExecutor(READERS) as readers:
             found = [shard for part in readers.map(self._row_ids, parts) for shard in part]
-        row_ids = pa.chunked_array([ids for _, ids in found], pa.binary(ROW_ID_BYTES))
+        row_ids: Any = pa.chunked_array([ids for _, ids in found], type=pa.binary(ROW_ID_BYTES))  # pyright: ignore[reportCallIssue, reportArgumentType]
         distinct: int = pc.count_distinct(row_ids).as_py()
         planned = sum(manifest.train[s].rows for s in shards)
         ledger = Ledger(planned=planned, committed=distinct, quarantined=0, duplicates=len(row_ids) - distinct)

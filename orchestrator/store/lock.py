@@ -1,4 +1,4 @@
-"""One writer at a time: a lock that the kernel frees when its holder dies, however it dies."""
+"""One writer at a time in a directory: a lock that the kernel frees when its holder dies, however it dies."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.errors import LockedError
-from orchestrator.store.files import storage_faults
+from orchestrator.store.files import StillOurs, storage_faults
 
 
 @contextmanager
-def exclusive(path: Path) -> Generator[None]:
+def exclusive(path: Path) -> Generator[StillOurs]:
     """Hold the lock file `path`; raises `LockedError`, naming the holder, if another process has it."""
     with storage_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,10 +26,15 @@ def exclusive(path: Path) -> Generator[None]:
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
             raise LockedError(f"{path.parent} is locked by {holder}") from None
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with storage_faults(path):
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{socket.gethostname()}:{os.getpid()} since {since}".encode(), 0)
-        yield
+            os.pwrite(descriptor, holder_now().encode(), 0)
+        yield lambda: None
     finally:
         os.close(descriptor)
+
+
+def holder_now() -> str:
+    """This process as the holder of a lock, for people: `host:pid since time`."""
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return f"{socket.gethostname()}:{os.getpid()} since {since}"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orchestrator.errors import IntegrityError
 from orchestrator.plan.fingerprint import fingerprint
-from orchestrator.store.files import Store, sha256_of
+from orchestrator.store.files import Store, local_folder, sha256_of
 
 MANIFEST = "manifest.json"
 MODEL = "model"
@@ -32,7 +32,7 @@ class Record(BaseModel):
         except FileNotFoundError:
             return None
         except ValidationError as error:
-            raise IntegrityError(f"{store.path(key)}: not a valid record: {error.errors()[0]['msg']}") from error
+            raise IntegrityError(f"{store.address(key)}: not a valid record: {error.errors()[0]['msg']}") from error
 
 
 class FileRecord(Record):
@@ -98,10 +98,15 @@ class ModelManifest(Record):
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A Hugging Face model folder on storage that every node can read, and what is in it."""
+    """A Hugging Face model folder that every node can open, and what is in it."""
 
-    path: Path
+    address: str
     manifest: ModelManifest
+
+    @property
+    def path(self) -> Path:
+        """The folder on this node; other nodes are told the address."""
+        return local_folder(self.address)
 
 
 def describe_folder(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
@@ -110,20 +115,25 @@ def describe_folder(folder: Path, names: Iterable[str] | None = None) -> dict[st
     return {str(p.relative_to(folder)): FileRecord(sha256=sha256_of(p), bytes=p.stat().st_size) for p in files}
 
 
+def contents_beside_manifest(store: Store, key: str) -> dict[str, FileRecord] | None:
+    """`Store.contents` without the manifest that lies among them."""
+    files = store.contents(key)
+    return None if files is None else {name: record for name, record in files.items() if name != MANIFEST}
+
+
 def finished_model(store: Store, stage_key: str) -> ModelFolder | None:
     """The model that a finished stage left behind; None if there is none, or not any more what its manifest says."""
-    manifest = ModelManifest.load(store, f"{stage_key}/{MANIFEST}")
-    folder = store.path(f"{stage_key}/{MODEL}")
-    if manifest is None or not folder.is_dir() or describe_folder(folder) != manifest.files:
+    manifest, key = ModelManifest.load(store, f"{stage_key}/{MANIFEST}"), f"{stage_key}/{MODEL}"
+    if manifest is None or store.contents(key) != manifest.files:
         return None
-    return ModelFolder(folder, manifest)
+    return ModelFolder(store.address(key), manifest)
 
 
 def finish_model(store: Store, stage_key: str, vocab_size: int, training: dict[str, float]) -> ModelFolder:
     """Write the manifest of the complete folder `stage_key`/model: from now on the stage is done."""
-    folder = store.path(f"{stage_key}/{MODEL}")
-    manifest = ModelManifest(
-        fingerprint=stage_key.rpartition("/")[2], files=describe_folder(folder), vocab_size=vocab_size, training=training
-    )
+    key = f"{stage_key}/{MODEL}"
+    files = store.contents(key)
+    assert files is not None
+    manifest = ModelManifest(fingerprint=stage_key.rpartition("/")[2], files=files, vocab_size=vocab_size, training=training)
     manifest.save(store, f"{stage_key}/{MANIFEST}")
-    return ModelFolder(folder, manifest)
+    return ModelFolder(store.address(key), manifest)

@@ -64,9 +64,11 @@ def get_shard(store: Store, folder: str, record: ShardRecord, where: str) -> pa.
 
 def get_row_ids(store: Store, folder: str, record: ShardRecord, where: str) -> pa.Array[Any]:
     """The row ids of a committed shard, read without its other columns; raises `IntegrityError` if they are gone or damaged."""
-    path = store.path(f"{folder}/{record.file}")
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with (
+            store.open(f"{folder}/{record.file}") as data,
+            pq.ParquetFile(data, page_checksum_verification=True) as file,
+        ):
             return file.read(columns=["row_id"], use_threads=False)["row_id"].combine_chunks()
     except FileNotFoundError as error:
         raise IntegrityError(f"{where}: the file {record.file} is gone") from error

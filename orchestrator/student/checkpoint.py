@@ -1,7 +1,7 @@
 """Training checkpoints: complete or invisible, checked before a byte of them is unpickled.
 
     <stage folder>/checkpoints/step-000050/engine/...   what DeepSpeed writes, every rank its part
-                                           manifest.json   sizes and hashes, written before the folder gets its name
+                                           manifest.json   sizes and hashes, the last part before all is published
 
 The newest one that is intact is the one to resume from; a damaged one is passed over with a warning. As many ranks as wrote
 it load it as it is, bit for bit; for another number it is converted first (`student/universal.py`).
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from orchestrator.errors import EnvironmentFault, IntegrityError
 from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.store.files import Store
-from orchestrator.store.records import MANIFEST, FileRecord, Record, describe_folder
+from orchestrator.store.records import MANIFEST, FileRecord, Record, contents_beside_manifest
 from orchestrator.student.universal import check_elastic, drop_universal, load_universal, make_universal, universal_key
 
 KEPT = 2
@@ -41,21 +40,18 @@ class CheckpointManifest(Record):
 
 def save_checkpoint(engine: Any, schedule: ObjectiveSchedule, store: Store, folder: str, step: int) -> None:
     """Save the state after `step` optimizer steps; called on every rank."""
-    key = f"{folder}/checkpoints/{_name(step)}"
-    partial = store.path(f"{folder}/checkpoints/.tmp-{_name(step)}")
+    key, world = f"{folder}/checkpoints/{_name(step)}", dist.get_world_size()
+    with store.part_of(key) as own, _failed_writes(own.folder):
+        engine.save_checkpoint(str(own.folder), tag=_TAG, save_latest=False, client_state={"objective": schedule.state()})
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, own)
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    with _failed_writes(partial):
-        engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False, client_state={"objective": schedule.state()})
-    dist.barrier()
-    if dist.get_rank() == 0:
-        manifest = CheckpointManifest(step=step, world=dist.get_world_size(), files=describe_folder(partial))
-        (partial / MANIFEST).write_text(manifest.model_dump_json())
-        store.publish(partial, key)
+        files = {name: record for part in parts for name, record in part.files.items()}
+        with store.part_of(key) as last:
+            (last.folder / MANIFEST).write_text(CheckpointManifest(step=step, world=world, files=files).model_dump_json())
+        store.publish(key, [*parts, last])
         for old in _steps(store, folder)[:-KEPT]:
-            shutil.rmtree(store.path(f"{folder}/checkpoints/{old}"))
+            store.remove(f"{folder}/checkpoints/{old}")
         drop_universal(store, f"{folder}/checkpoints")
     dist.barrier()
 
@@ -67,7 +63,10 @@ def restore_checkpoint(
 
     Raises `SpecError` if it is of another number of ranks and the parallel strategy does not allow for that.
     """
-    found: list[CheckpointManifest | None] = [_newest_intact(store, folder, warn) if dist.get_rank() == 0 else None]
+    found: list[CheckpointManifest | None] = [None]
+    if dist.get_rank() == 0:
+        store.sweep(f"{folder}/checkpoints")
+        found = [_newest_intact(store, folder, warn)]
     dist.broadcast_object_list(found, src=0)
     manifest = found[0]
     if manifest is None:
@@ -76,31 +75,38 @@ def restore_checkpoint(
     try:
         client = _load(engine, store, f"{folder}/checkpoints", manifest)
     except pickle.UnpicklingError as error:
-        path = store.path(f"{folder}/checkpoints/{_name(manifest.step)}")
-        raise IntegrityError(f"checkpoint {path} holds what no checkpoint of ours holds: {error}") from error
+        where = store.address(f"{folder}/checkpoints/{_name(manifest.step)}")
+        raise IntegrityError(f"checkpoint {where} holds what no checkpoint of ours holds: {error}") from error
     schedule.restore(client["objective"])
     return manifest.step
 
 
 def _load(engine: Any, store: Store, checkpoints: str, manifest: CheckpointManifest) -> dict[str, Any]:
     name, world = _name(manifest.step), dist.get_world_size()
+    key = f"{checkpoints}/{name}"
     if manifest.world != world:
         check_elastic(engine, manifest.world)
     # Without ZeRO every rank has the whole state, whatever their number.
     if manifest.world == world or engine.zero_optimization_stage() == 0:
-        return engine.load_checkpoint(str(store.path(f"{checkpoints}/{name}")), tag=_TAG)[1]
-    path = store.path(universal_key(checkpoints, name))
-    if dist.get_rank() == 0:
-        log.info("converting a checkpoint of %d ranks for %d: %s", manifest.world, world, path)
-        with _failed_writes(path):
-            make_universal(store, checkpoints, name, manifest.files, _TAG)
+        client = engine.load_checkpoint(str(store.local(key)), tag=_TAG)[1]
+    else:
+        whole = universal_key(checkpoints, name)
+        if dist.get_rank() == 0:
+            log.info("converting a checkpoint of %d ranks for %d: %s", manifest.world, world, store.address(whole))
+            with _failed_writes(store.address(whole)):
+                make_universal(store, checkpoints, name, manifest.files, _TAG)
+        dist.barrier()
+        client = load_universal(engine, store.local(whole), _TAG)
+        dist.barrier()
+        store.forget(whole)
     dist.barrier()
-    return load_universal(engine, path, _TAG)
+    store.forget(key)
+    return client
 
 
 def drop_checkpoints(store: Store, folder: str) -> None:
     """Remove all checkpoints of a finished training."""
-    shutil.rmtree(store.path(f"{folder}/checkpoints"), ignore_errors=True)
+    store.remove(f"{folder}/checkpoints")
 
 
 def _steps(store: Store, folder: str) -> list[str]:
@@ -119,15 +125,14 @@ def _newest_intact(store: Store, folder: str, warn: Callable[[str], object]) -> 
             manifest = CheckpointManifest.load(store, f"{key}/{MANIFEST}")
         except IntegrityError:
             manifest = None
-        files = {n: r for n, r in describe_folder(store.path(key)).items() if n != MANIFEST}
-        if manifest is not None and files == manifest.files:
+        if manifest is not None and contents_beside_manifest(store, key) == manifest.files:
             return manifest
-        warn(f"checkpoint {store.path(key)} is damaged; trying the one before")
+        warn(f"checkpoint {store.address(key)} is damaged; trying the one before")
     return None
 
 
 @contextmanager
-def _failed_writes(path: Path) -> Iterator[None]:
+def _failed_writes(path: Path | str) -> Iterator[None]:
     """Turn torch's report of a failed write, an error of its container, into an `EnvironmentFault`."""
     try:
         yield

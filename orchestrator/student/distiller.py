@@ -19,6 +19,7 @@ from orchestrator.models.mtp import MultiTokenPrediction, shifted
 from orchestrator.models.stages import check_pieces
 from orchestrator.spec.labels import kept_features
 from orchestrator.spec.train import Pipeline
+from orchestrator.store.files import local_folder
 from orchestrator.student.feed import Mask
 from orchestrator.student.job import Initial, Soft, TrainingJob
 
@@ -104,7 +105,7 @@ def head_loss(
 def start_model(job: TrainingJob) -> PreTrainedModel:
     """The model of `job` as training begins; raises `SpecError` for one whose head the chunked loss cannot stand for."""
     if isinstance(job.model, Initial):
-        model = load_model(job.model.folder, "fp32", torch.device("cpu")).train()
+        model = load_model(local_folder(job.model.folder), "fp32", torch.device("cpu")).train()
         model.config.use_cache = False
     else:
         model = build_model(job.model, job.vocab_size, job.seed, job.stage)
@@ -131,7 +132,7 @@ def build_distiller(job: TrainingJob) -> Distiller:
 
 
 def _inner_loss(soft: Soft, model: PreTrainedModel, seed: int) -> InnerLoss:
-    teacher = outline(soft.teacher)
+    teacher = outline(local_folder(soft.teacher))
     linked = links(soft.objective.features, layer_count(model), layer_count(teacher))
     missing = [link.teacher for link in linked if link.teacher not in kept_features(soft.labels)]
     if missing:

@@ -27,7 +27,7 @@ from orchestrator.models.head import load_head
 from orchestrator.plan.batch import Batch
 from orchestrator.plan.schedule import scheduled
 from orchestrator.spec.labels import HiddenLabels
-from orchestrator.store.files import Store
+from orchestrator.store.files import Store, local_folder
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.shards import TokenShard, read_tokens
 from orchestrator.student.job import TrainingJob
@@ -175,7 +175,7 @@ def _codec(store: Store, job: TrainingJob) -> Codec:
     assert job.soft is not None
     labels = job.soft.labels
     head = (
-        load_head(job.soft.teacher, DTYPES[job.soft.teacher_dtype], device(job.train.gpus_per_worker))
+        load_head(local_folder(job.soft.teacher), DTYPES[job.soft.teacher_dtype], device(job.train.gpus_per_worker))
         if isinstance(labels, HiddenLabels)
         else None
     )

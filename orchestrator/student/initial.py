@@ -23,7 +23,6 @@ from orchestrator.models.upcycle import upcycle
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.spec.model import CheckpointStudent, PrunedStudent, UpcycledStudent
 from orchestrator.store.files import Store
-from orchestrator.store.lock import exclusive
 from orchestrator.store.records import MODEL, ModelFolder, TokenManifest, describe_folder, finish_model, finished_model
 from orchestrator.store.shards import read_tokens
 from orchestrator.student.job import Initial
@@ -79,15 +78,15 @@ class Origin:
 def finished_initial(origin: Origin) -> Initial | None:
     """What an earlier run made of `origin`."""
     done = finished_model(origin.store, origin.stage)
-    return None if done is None else Initial(folder=done.path, content=done.manifest.content)
+    return None if done is None else Initial(folder=done.address, content=done.manifest.content)
 
 
 def make_initial(origin: Origin) -> Initial:
     """Make the first weights; raises `SpecError` for an architecture or sizes that do not allow it."""
-    with exclusive(origin.store.path(f"{origin.stage}/lock")):
+    with origin.store.exclusive(f"{origin.stage}/lock"):
         ray.get(_make_task.remote(origin))
         done = finish_model(origin.store, origin.stage, origin.teacher.manifest.vocab_size, {})
-    return Initial(folder=done.path, content=done.manifest.content)
+    return Initial(folder=done.address, content=done.manifest.content)
 
 
 @ray.remote(num_cpus=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from orchestrator.plan.batch import Batch
@@ -29,15 +28,15 @@ class Soft:
     log_key: str
     labels: Labels
     objective: Objective
-    teacher: Path
-    """Folder of the teacher, for labels that leave its head to the reader."""
+    teacher: str
+    """Address of the teacher's folder, for labels that leave its head to the reader."""
     teacher_dtype: Literal["bf16", "fp32"]
 
 
 class Initial(Record):
-    """Weights that training starts from, a Hugging Face folder on storage that every node can read."""
+    """Weights that training starts from: the address of a Hugging Face folder that every node can open."""
 
-    folder: Path
+    folder: str
     content: str
     """Hex identity of what is in it."""
 

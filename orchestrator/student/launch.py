@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -13,7 +14,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.errors import ResumableError, find_user_error
 from orchestrator.store.files import Store
-from orchestrator.store.lock import exclusive
 from orchestrator.store.records import ModelFolder, finished_model
 from orchestrator.student.job import TrainingJob
 
@@ -29,10 +29,10 @@ def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: st
     dead worker, and keeps its own checkpoints; ours are found again by any later run.
     """
     config = {"store": store, "job": job, "board": board, "tokenizer_folder": tokenizer_folder}
-    with exclusive(store.path(f"{job.folder}/lock")):
+    with store.exclusive(f"{job.folder}/lock"):
         for attempt in range(job.train.max_restarts + 1):
             try:
-                _fit(store, job, config)
+                _fit(job, config)
                 break
             except Exception as error:
                 final = find_user_error(error) or _programming_error(error, alone=job.train.workers == 1)
@@ -61,22 +61,23 @@ def _programming_error(error: Exception, alone: bool) -> Exception | None:
     return bugs[0] if bugs else None
 
 
-def _fit(store: Store, job: TrainingJob, config: dict[str, Any]) -> None:
+def _fit(job: TrainingJob, config: dict[str, Any]) -> None:
     train = job.train
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
-    TorchTrainer(
-        _worker,
-        train_loop_config=config,
-        scaling_config=ScalingConfig(
-            num_workers=train.workers, use_gpu=train.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
-        run_config=RunConfig(
-            name=f"{job.stage}-{job.key[:8]}-{uuid.uuid4().hex[:6]}",
-            storage_path=str(store.path("ray")),
-            failure_config=FailureConfig(max_failures=0),
-        ),
-    ).fit()
+    with TemporaryDirectory(prefix="distill-ray-", ignore_cleanup_errors=True) as unused:  # nothing is reported to Ray Train
+        TorchTrainer(
+            _worker,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(
+                num_workers=train.workers, use_gpu=train.gpus_per_worker > 0, resources_per_worker=resources
+            ),
+            torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
+            run_config=RunConfig(
+                name=f"{job.stage}-{job.key[:8]}-{uuid.uuid4().hex[:6]}",
+                storage_path=unused,
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        ).fit()
 
 
 def _worker(config: dict[str, Any]) -> None:

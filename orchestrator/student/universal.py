@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from orchestrator.errors import IntegrityError, SpecError
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.store.files import Store, storage_faults
-from orchestrator.store.records import MANIFEST, FileRecord, Record, describe_folder
+from orchestrator.store.records import MANIFEST, FileRecord, Record, contents_beside_manifest, describe_folder
 
 _PREFIX = "universal-"
 
@@ -51,15 +51,10 @@ def make_universal(store: Store, checkpoints: str, name: str, files: dict[str, F
     key, source = universal_key(checkpoints, name), fingerprint("checkpoint", files)
     if _intact(store, key, source):
         return
-    folder = store.path(checkpoints)
-    partial = folder / f".tmp-{_PREFIX}{name}"
-    with storage_faults(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        _convert(folder, f"{name}/{tag}", f"{partial.name}/{tag}")
-        manifest = UniversalManifest(source=source, files=describe_folder(partial))
-        (partial / MANIFEST).write_text(manifest.model_dump_json())
-    store.publish(partial, key)
+    origin = store.local(f"{checkpoints}/{name}")
+    with store.folder_for(key) as built, storage_faults(built):
+        _convert(origin / tag, built, tag)
+        (built / MANIFEST).write_text(UniversalManifest(source=source, files=describe_folder(built)).model_dump_json())
 
 
 def load_universal(engine: Any, path: Path, tag: str) -> dict[str, Any]:
@@ -88,9 +83,10 @@ def universal_key(checkpoints: str, name: str) -> str:
 
 
 def drop_universal(store: Store, checkpoints: str) -> None:
-    """Remove all universal checkpoints, unfinished ones too."""
-    for path in store.path(checkpoints).glob(f"*{_PREFIX}*"):
-        shutil.rmtree(path)
+    """Remove all universal checkpoints."""
+    for name in store.keys(checkpoints):
+        if name.startswith(_PREFIX):
+            store.remove(f"{checkpoints}/{name}")
 
 
 def _intact(store: Store, key: str, source: str) -> bool:
@@ -100,16 +96,16 @@ def _intact(store: Store, key: str, source: str) -> bool:
         return False
     if manifest is None or manifest.source != source:
         return False
-    return {n: r for n, r in describe_folder(store.path(key)).items() if n != MANIFEST} == manifest.files
+    return contents_beside_manifest(store, key) == manifest.files
 
 
-def _convert(folder: Path, source: str, target: str) -> None:
-    """Convert `source` to `target`, both relative to `folder`."""
+def _convert(source: Path, folder: Path, tag: str) -> None:
+    """Convert `source` to `tag` in `folder`."""
     from deepspeed.checkpoint import ds_to_universal
 
     options = Namespace(
-        input_folder=source,
-        output_folder=target,
+        input_folder=os.path.relpath(source, folder),
+        output_folder=tag,
         num_extract_workers=1,  # more would be forks of this process
         num_merge_workers=1,
         keep_temp_folder=False,

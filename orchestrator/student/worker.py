@@ -74,7 +74,7 @@ def save_model(trainer: Trainer, store: Store, job: TrainingJob, tokenizer_folde
     ahead = trainer.whole_state(trainer.mtp, dtype) if trainer.mtp else None
     if dist.get_rank() == 0:
         with store.folder_for(f"{job.folder}/{MODEL}") as folder:
-            shutil.copytree(store.path(tokenizer_folder), folder, dirs_exist_ok=True)
+            shutil.copytree(store.local(tokenizer_folder), folder, dirs_exist_ok=True)
             model = trainer.model
             model.config.use_cache = True
             model.config.dtype = dtype

@@ -8,6 +8,7 @@ import torch
 from orchestrator.labels.basis import BASIS, Basis, Moments, to_bytes
 from orchestrator.runtime.environment import limit_threads
 from orchestrator.spec.labels import kept_features, principal_ranks
+from orchestrator.store.files import local_folder
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import MANIFEST, TokenManifest
 from orchestrator.store.shards import read_tokens
@@ -31,7 +32,7 @@ def _fit_task(work: Labelling, shard: int) -> None:
     manifest = TokenManifest.load(work.store, f"{work.data_folder}/{MANIFEST}")
     assert manifest is not None
     ids = torch.from_numpy(read_tokens(work.store, f"{work.data_folder}/train", manifest.train[shard]).ids[:, :-1]).long()
-    teacher = TransformersBackend(work.model, work.dtype, kept_features(work.labels), work.gpus)
+    teacher = TransformersBackend(local_folder(work.model), work.dtype, kept_features(work.labels), work.gpus)
     moments: dict[str, Moments] = {}
     ranks = principal_ranks(work.labels)
     for part in ids.split(work.micro_batch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -17,7 +16,7 @@ from orchestrator.labels.layout import Arrays, Columns, Frame, join
 from orchestrator.runtime.board import STUDENT_SHARDS
 from orchestrator.runtime.environment import limit_threads
 from orchestrator.spec.labels import Labels, kept_features
-from orchestrator.store.files import Store
+from orchestrator.store.files import Store, local_folder
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import MANIFEST, TokenManifest
 from orchestrator.store.shards import TokenShard, read_tokens
@@ -32,7 +31,8 @@ class Labelling:
 
     store: Store
     data_folder: str
-    model: Path
+    model: str
+    """Address of the teacher's folder."""
     vocab_size: int
     dtype: Literal["bf16", "fp32"]
     labels: Labels
@@ -65,7 +65,9 @@ class Labeller:
         work = self._work
         frame = Frame(work.vocab_size, self._manifest.seq_len, bases=bases_of(self._log))
         self._codec = Codec(work.labels, frame)
-        self._teacher: Teacher = TransformersBackend(work.model, work.dtype, kept_features(work.labels), work.gpus)
+        self._teacher: Teacher = TransformersBackend(
+            local_folder(work.model), work.dtype, kept_features(work.labels), work.gpus
+        )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self._refusal is not None:

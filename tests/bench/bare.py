@@ -17,7 +17,7 @@ from orchestrator.labels.layout import Frame, join
 from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.spec.job import Job
 from orchestrator.spec.load import load_job
-from orchestrator.store.files import Store
+from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MODEL, TokenManifest
 from orchestrator.store.shards import read_tokens
 from orchestrator.student.engine import build_distiller
@@ -29,21 +29,21 @@ from orchestrator.teacher.backend import TransformersBackend
 def main() -> None:
     what, storage, job_file, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
-    store = Store(storage)
+    store = LocalStore(storage)
     job = load_job(job_file, overrides)
     (data_key,) = store.keys("data")
     (log_key,) = store.keys("labels")
     manifest = TokenManifest.load(store, f"data/{data_key}/manifest.json")
     assert manifest is not None
     (teacher,) = store.keys("teacher")
-    soft = Soft(log_key, job.labels, job.objective, store.path(f"teacher/{teacher}/{MODEL}"), job.teacher.dtype)
+    soft = Soft(log_key, job.labels, job.objective, store.address(f"teacher/{teacher}/{MODEL}"), job.teacher.dtype)
     training = TrainingJob(
         "student", job.student.model, manifest.vocab_size, job.train, job.seed, f"data/{data_key}", manifest, soft
     )
     print(json.dumps({"train": train, "label": label}[what](store, job, training)))
 
 
-def train(store: Store, job: Job, training: TrainingJob) -> dict[str, float]:
+def train(store: LocalStore, job: Job, training: TrainingJob) -> dict[str, float]:
     """Tokens per second of a hand-written mixed-precision AdamW loop over the student's own batches."""
     loop = PlainLoop(build_distiller(training), job.train)
     schedule = ObjectiveSchedule(training.objective, job.train.steps, torch.device("cpu"))
@@ -56,7 +56,7 @@ def train(store: Store, job: Job, training: TrainingJob) -> dict[str, float]:
     return {"tokens_per_s": tokens / (time.perf_counter() - started), "tokens_per_cpu_s": tokens / (time.process_time() - cpu)}
 
 
-def label(store: Store, job: Job, training: TrainingJob) -> dict[str, float]:
+def label(store: LocalStore, job: Job, training: TrainingJob) -> dict[str, float]:
     """Tokens per second of forward pass and label extraction over the demanded shards, nothing written."""
     (teacher_key,) = store.keys("teacher")
     teacher = TransformersBackend(store.path(f"teacher/{teacher_key}/{MODEL}"), job.teacher.dtype)

@@ -33,7 +33,7 @@ from orchestrator.models.build import load_model
 from orchestrator.models.head import last_hidden, output_head
 from orchestrator.spec.labels import Labels, SampledLabels, TopkLabels
 from orchestrator.spec.load import load_job
-from orchestrator.store.files import Store
+from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MODEL, TokenManifest
 from orchestrator.store.shards import read_tokens, to_parquet
 from orchestrator.teacher.backend import TransformersBackend
@@ -74,7 +74,7 @@ def main() -> None:
 
 def finished(name: str, shards: int) -> Text:
     job = load_job(JOBS / f"{name}.yaml")
-    store = Store(job.storage)
+    store = LocalStore(job.storage)
     made = json.loads(store.path(f"runs/{name}/report.json").read_text())["fingerprints"]
     manifest = TokenManifest.load(store, f"data/{made['data']}/manifest.json")
     assert manifest is not None

@@ -31,7 +31,7 @@ from orchestrator.plan.batch import Batch
 from orchestrator.spec.job import Job
 from orchestrator.spec.labels import kept_features
 from orchestrator.spec.load import load_job
-from orchestrator.store.files import Store
+from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MODEL, TokenManifest
 from orchestrator.store.shards import TokenShard, read_tokens
 from orchestrator.student.engine import build_distiller
@@ -61,10 +61,10 @@ VARIANTS: dict[str, list[str] | None] = {
 class Case:
     """The quickstart's tokens and teacher."""
 
-    store: Store
+    store: LocalStore
     data_folder: str
     manifest: TokenManifest
-    teacher: Path
+    teacher: str
 
     def training(self, job: Job, variant: bool) -> TrainingJob:
         soft = Soft("", job.labels, job.objective, self.teacher, job.teacher.dtype) if variant else None
@@ -94,11 +94,11 @@ def main() -> None:
 
 def quickstart(overrides: list[str]) -> tuple[Job, Case]:
     job = load_job(JOB, overrides)
-    store = Store(job.storage)
+    store = LocalStore(job.storage)
     run = json.loads(store.path(f"runs/{job.name}/report.json").read_text())["fingerprints"]
     manifest = TokenManifest.load(store, f"data/{run['data']}/manifest.json")
     assert manifest is not None
-    return job, Case(store, f"data/{run['data']}", manifest, store.path(f"teacher/{run['teacher']}/{MODEL}"))
+    return job, Case(store, f"data/{run['data']}", manifest, store.address(f"teacher/{run['teacher']}/{MODEL}"))
 
 
 def train_seed(seed: int) -> dict[str, float]:
@@ -115,7 +115,9 @@ def train_variant(seed: int, overrides: list[str] | None, lessons: list[list[Les
     distiller = build_distiller(training)
     loop = PlainLoop(distiller, job.train)
     schedule = ObjectiveSchedule(training.objective, job.train.steps, torch.device("cpu"))
-    frame = Frame(case.manifest.vocab_size, case.manifest.seq_len, load_head(case.teacher, torch.bfloat16, torch.device("cpu")))
+    frame = Frame(
+        case.manifest.vocab_size, case.manifest.seq_len, load_head(Path(case.teacher), torch.bfloat16, torch.device("cpu"))
+    )
     codec = None if overrides is None else Codec(job.labels, frame)
     for step, parts in enumerate(lessons):
         loop.step(step, [lesson.taught(codec) for lesson in parts], schedule.at(step))
@@ -143,7 +145,7 @@ def answered(job: Job, case: Case) -> list[list[Lesson]]:
     """All micro-batches of a training, by step, each with the teacher's answer."""
     training, teacher = (
         case.training(job, False),
-        TransformersBackend(case.teacher, job.teacher.dtype, kept_features(job.labels)),
+        TransformersBackend(Path(case.teacher), job.teacher.dtype, kept_features(job.labels)),
     )
     size, shards = Batch.of(job.train).micro_rows, dict[int, TokenShard]()
     lessons: list[list[Lesson]] = []

@@ -32,8 +32,8 @@ from memory import peak, reset_peak
 
 from orchestrator.plan.order import TrainingOrder
 from orchestrator.store import label_log
-from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
+from orchestrator.store.local import LocalStore
 from orchestrator.store.records import ShardRecord, TokenManifest
 from orchestrator.store.shards import TokenShard
 
@@ -69,7 +69,7 @@ def manifest_of(shards: int) -> TokenManifest:
 
 
 def commit_range(root: Path, shards: range) -> None:
-    log = LabelLog.open(Store(root), IDENTITY)
+    log = LabelLog.open(LocalStore(root), IDENTITY)
     for shard in shards:
         log.commit(shard, tokens_of(shard), labels_of(shard))
 
@@ -82,7 +82,7 @@ def grow(root: Path, size: int) -> tuple[LabelLog, Figures]:
         started = time.perf_counter()
         list(writers.map(commit_range, itertools.repeat(root), tasks))
         seconds = time.perf_counter() - started
-    return LabelLog.open(Store(root), IDENTITY), {"writers": WRITERS, "commits_per_s": round(size / seconds, 1)}
+    return LabelLog.open(LocalStore(root), IDENTITY), {"writers": WRITERS, "commits_per_s": round(size / seconds, 1)}
 
 
 def _ready(_: int) -> None:
@@ -176,7 +176,7 @@ def train_through(log: LabelLog, size: int) -> Figures:
 class Watched(LabelLog):
     """A log that counts how often its followers look."""
 
-    def __init__(self, store: Store, key: str) -> None:
+    def __init__(self, store: LocalStore, key: str) -> None:
         super().__init__(store, key)
         self.looks = itertools.count()
 

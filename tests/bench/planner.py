@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from keep import keep
@@ -112,7 +111,7 @@ def training_job(training: Case) -> Any:
     from orchestrator.student.job import Soft, TrainingJob
 
     job = job_of(training)
-    soft = Soft("", job.labels, job.objective, Path("/nowhere"), "bf16")
+    soft = Soft("", job.labels, job.objective, "/nowhere", "bf16")
     counts = {"documents": 0, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
     shape = {"seq_len": training["seq"], "vocab_size": training["vocab"], "tokenizer_sha256": ""}
     manifest = TokenManifest.model_validate({"fingerprint": "", "train": (), "heldout": (), **shape, **counts})

@@ -33,8 +33,8 @@ from orchestrator.models.build import build_model
 from orchestrator.runtime.environment import prepare_ray
 from orchestrator.spec.labels import SampledLabels
 from orchestrator.spec.model import Model, Replicas
-from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
+from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MANIFEST, TokenManifest
 from orchestrator.store.shards import TokenShard, put_shard
 from orchestrator.teacher.labeller import Labeller, Labelling
@@ -54,7 +54,7 @@ TEACHER = "MapBatches(Labeller)"
 Figures = dict[str, float]
 
 
-def prepare(store: Store) -> Labelling:
+def prepare(store: LocalStore) -> Labelling:
     """A teacher and token shards in `store`, and the work of labelling them into no log yet."""
     model = build_model(Model(type="llama", config=MODEL | {"tie_word_embeddings": True}), VOCAB, 0, "teacher")
     model.save_pretrained(store.path("teacher"))
@@ -174,7 +174,7 @@ def main() -> None:
     args = parser.parse_args()
     prepare_ray(local=True)
     with tempfile.TemporaryDirectory(prefix="rep-", ignore_cleanup_errors=True) as folder:
-        work = prepare(Store(Path(folder) / "store"))
+        work = prepare(LocalStore(Path(folder) / "store"))
         ray.init(address="local", num_cpus=max(POOLS), include_dashboard=False, log_to_driver=False, _temp_dir=f"{folder}/ray")
         loads, rounds = [], []
         for number in range(args.rounds):

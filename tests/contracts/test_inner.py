@@ -22,8 +22,8 @@ from orchestrator.spec import labels as spec
 from orchestrator.spec.labels import DenseLabels, Feature, Features, kept_features
 from orchestrator.spec.model import Model
 from orchestrator.spec.objective import Objective
-from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
+from orchestrator.store.local import LocalStore
 from orchestrator.teacher.backend import TransformersBackend
 
 VOCAB, SEQ = 67, 12
@@ -109,7 +109,7 @@ def moments_of(states: torch.Tensor) -> Moments:
     return moments
 
 
-def test_coordinates_hold_what_lies_in_their_directions(seed: int, store: Store) -> None:
+def test_coordinates_hold_what_lies_in_their_directions(seed: int, store: LocalStore) -> None:
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(3, SEQ, 7, generator=generator) @ torch.randn(7, 40, generator=generator) + 5
     log = LabelLog.open(store, {})

@@ -16,7 +16,7 @@ from orchestrator.errors import SpecError
 from orchestrator.models.build import build_model, load_model
 from orchestrator.spec.job import Job
 from orchestrator.spec.model import CheckpointStudent, Model, UpcycledStudent
-from orchestrator.store.files import Store
+from orchestrator.store.local import LocalStore
 from orchestrator.store.records import ModelFolder, ModelManifest, describe_folder
 from orchestrator.student.initial import Origin
 from orchestrator.student.preflight import check_models
@@ -39,7 +39,7 @@ def origin(folder: Path, tmp_path: Path, student: Any) -> Origin:
     if not teacher.exists():
         shutil.copytree(folder, teacher)
     manifest = ModelManifest(fingerprint="x", files=describe_folder(teacher), vocab_size=VOCAB)
-    return Origin(Store(tmp_path / "store"), student, ModelFolder(teacher, manifest), 0, "tokens", None)  # type: ignore[arg-type]
+    return Origin(LocalStore(tmp_path / "store"), student, ModelFolder(str(teacher), manifest), 0, "tokens", None)  # type: ignore[arg-type]
 
 
 def rewrite(folder: Path, **values: Any) -> None:

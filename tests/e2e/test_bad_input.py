@@ -69,8 +69,8 @@ def test_a_name_that_leaves_the_storage(job: Json, tmp_path: Path) -> None:
 
 def test_a_storage_that_is_not_supported(job: Json, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refuse(tmp_path, job | {"storage": "s3://bucket/folder"}, SPEC, "storage", "s3://bucket/folder")
-    assert not (tmp_path / "s3:").exists()
+    refuse(tmp_path, job | {"storage": "gs://bucket/folder"}, SPEC, "storage", "gs://bucket/folder")
+    assert not (tmp_path / "gs:").exists()
 
 
 def test_a_storage_that_is_a_file(job: Json, tmp_path: Path) -> None:
@@ -281,5 +281,5 @@ def test_a_disk_that_fills_up_while_labels_are_written(job: Json, teacher: Path,
 def prepare(job: Json, folder: Path) -> None:
     """Bring the data of `job` into its storage: a whole run, of which only the data stays."""
     distill(folder / "prepare", "run", write_job(job, folder / "prepare")).assert_ok()
-    for stage in ("labels", "student", "runs", "ray"):
+    for stage in ("labels", "student", "runs"):
         shutil.rmtree(Path(job["storage"]) / stage)

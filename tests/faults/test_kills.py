@@ -207,7 +207,7 @@ def frozen_in_checkpoint(run: Command, storage: Path, step: int) -> bool:
 
 def partial_checkpoints(storage: Path, step: int = 0) -> list[Path]:
     found = storage.glob("student/*/checkpoints/.tmp-step-*")
-    return [folder for folder in found if int(folder.name.rpartition("-")[2]) > step]
+    return [folder for folder in found if int(folder.name.split("-")[2]) > step]
 
 
 # What.

@@ -23,8 +23,8 @@ from orchestrator.spec.labels import DenseLabels, Feature, Features, Labels, Sam
 from orchestrator.spec.model import Model
 from orchestrator.spec.objective import MinilmTerm, Objective, Schedule, Taid
 from orchestrator.spec.train import Train
-from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
+from orchestrator.store.local import LocalStore
 from orchestrator.store.records import TokenManifest
 from orchestrator.store.shards import TokenShard, put_shard, read_tokens
 from orchestrator.student.job import Soft, TrainingJob
@@ -97,14 +97,15 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Bench:
-    store: Store
+    store: LocalStore
     manifest: TokenManifest
     logs: dict[str, str]
 
     def job(self, case: Case, world: int, stage: str = "student") -> TrainingJob:
         soft = None
         if case.labels != "hard":
-            soft = Soft(self.logs[case.labels], *LABELS[case.labels], teacher=self.store.path("teacher"), teacher_dtype="fp32")
+            teacher = self.store.address("teacher")
+            soft = Soft(self.logs[case.labels], *LABELS[case.labels], teacher=teacher, teacher_dtype="fp32")
         train = Train(
             steps=STEPS,
             global_batch=ROWS,
@@ -123,7 +124,7 @@ class Bench:
 
 def build_bench(root: Path, vocab: int = VOCAB) -> Bench:
     """Token shards with ids below `vocab`, and the logs of `LABELS` for them."""
-    store, rng = Store(root / "store"), np.random.default_rng(5)
+    store, rng = LocalStore(root / "store"), np.random.default_rng(5)
     records, shards = [], []
     for shard, rows in enumerate(SHARD_ROWS):
         ids = rng.integers(0, vocab, (rows, SEQ + 1), dtype=np.int32)
@@ -147,7 +148,7 @@ def build_bench(root: Path, vocab: int = VOCAB) -> Bench:
     return Bench(store, manifest, {name: write_log(store, name, labels, shards) for name, (labels, _) in LABELS.items()})
 
 
-def write_log(store: Store, name: str, labels: Labels, shards: list[TokenShard]) -> str:
+def write_log(store: LocalStore, name: str, labels: Labels, shards: list[TokenShard]) -> str:
     """Labels of a teacher that is sure of a few ids, other ones at every position."""
     log, codec = LabelLog.open(store, {"name": name}), Codec(labels, Frame(VOCAB, SEQ))
     for shard, tokens in enumerate(shards):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,8 +15,9 @@ import torch.distributed as dist
 
 from orchestrator.store.records import MANIFEST, FileRecord, describe_folder
 from orchestrator.student.job import TrainingJob
-from tests.parity.course import Bench, Case, build_bench, checkpoint_of, course, interrupted
+from tests.parity.course import Bench, Case, build_bench, checkpoint_of, course, interrupted, run_steps
 from tests.parity.ranks import run_on_ranks
+from tests.s3 import BUCKET, s3_server
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +133,49 @@ def test_a_foreign_pickle_in_a_checkpoint_is_not_run(bench: Bench) -> None:
         assert not outcomes["guarded"]["code ran"], name
         assert isinstance(outcomes["guarded"]["outcome"], str), "refused with an error"
         assert outcomes["unguarded"]["code ran"], "without the guard the same file runs its code"
+
+
+def through_the_bucket(bench: Bench, environment: dict[str, str], address: str, begin: bool) -> dict[str, Any]:
+    """What a training comes to that goes on from a checkpoint in a directory and in a bucket; `begin` saves it there first."""
+    from orchestrator.store.files import open_store
+    from orchestrator.student.checkpoint import restore_checkpoint, save_checkpoint
+    from orchestrator.student.trainer import start_trainer
+
+    os.environ |= environment
+    places = {"directory": bench.store, "bucket": open_store(address)}
+    job, folder, found = bench.job(Case("sampled", 2), dist.get_world_size()), "elsewhere", {}
+    if begin:
+        trainer, schedule = start_trainer(job), course(job)
+
+        def keep(done: int) -> bool:
+            for store in places.values():
+                save_checkpoint(trainer.engine, schedule, store, folder, done)
+            return done < 3
+
+        run_steps(bench, job, trainer, schedule, 0, keep)
+        trainer.engine.destroy()
+    for name, store in places.items():
+        trainer, schedule = start_trainer(job), course(job)
+        first = restore_checkpoint(trainer.engine, schedule, store, folder)
+        losses = run_steps(bench, job, trainer, schedule, first)
+        state = trainer.whole_state(trainer.model, torch.float32)
+        weights = hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest()
+        found[name] = {"first": first, "losses": losses, "weights": weights, "kept": store.keys(f"{folder}/checkpoints")}
+        trainer.engine.destroy()
+    return found
+
+
+def test_a_bucket_keeps_checkpoints_like_a_directory(bench: Bench, tmp_path: Path) -> None:
+    root = bench.store.root.parent
+    with s3_server(tmp_path / "log") as server:
+        args = (bench, server.environment | {"TMPDIR": str(tmp_path)}, f"s3://{BUCKET}/checkpoints")
+        same = run_on_ranks(2, root, through_the_bucket, *args, True)
+        names = server.names()
+        moved = run_on_ranks(1, root, through_the_bucket, *args, False)
+    for found, kept in ((same, []), (moved, ["universal-step-000003"])):
+        assert found["bucket"] == found["directory"]
+        assert found["bucket"]["first"] == 3
+        assert found["bucket"]["kept"] == ["step-000002", "step-000003", *kept]
+    assert same["bucket"]["weights"] != moved["bucket"]["weights"], "another number of ranks rounds otherwise"
+    assert not [name for name in names if "step-000001" in name], "and the oldest is dropped with all its files"
+    assert [path for path in tmp_path.rglob("*.pt")] == [], "no copy stays on the node"

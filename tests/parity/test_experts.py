@@ -26,7 +26,7 @@ from orchestrator.models.head import last_hidden
 from orchestrator.spec.model import Model
 from orchestrator.spec.objective import Objective
 from orchestrator.spec.train import Expert, Train
-from orchestrator.store.files import Store
+from orchestrator.store.local import LocalStore
 from tests.parity.ranks import run_on_ranks
 
 VOCAB, SEQ, STEPS, ROWS = 64, 16, 5, 8
@@ -263,7 +263,7 @@ def train_resumed(case: Case, world: int, root: Path) -> dict[str, Any]:
     from orchestrator.student.checkpoint import restore_checkpoint, save_checkpoint
     from orchestrator.student.experts import whole_expert_state
 
-    store, schedule = Store(root / "store"), ObjectiveSchedule(Objective(alpha=1.0), STEPS, torch.device("cpu"))
+    store, schedule = LocalStore(root / "store"), ObjectiveSchedule(Objective(alpha=1.0), STEPS, torch.device("cpu"))
     folder = f"{world}/{case.name}"
     engine = start(case, world)
     run_steps(engine, 0, 3)

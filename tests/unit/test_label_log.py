@@ -26,8 +26,8 @@ import pytest
 
 from orchestrator.errors import DataError, EnvironmentFault, IntegrityError, LockedError, ResumableError
 from orchestrator.store import label_log
-from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
+from orchestrator.store.local import LocalStore
 from orchestrator.store.lock import exclusive
 from orchestrator.store.records import ShardRecord, TokenManifest
 from orchestrator.store.shards import TokenShard
@@ -79,12 +79,12 @@ def manifest_of(shards: list[TokenShard]) -> TokenManifest:
     )
 
 
-def temporary_files(store: Store) -> list[Path]:
+def temporary_files(store: LocalStore) -> list[Path]:
     return list(store.root.rglob(".tmp*"))
 
 
 @pytest.fixture
-def log(store: Store) -> LabelLog:
+def log(store: LocalStore) -> LabelLog:
     return LabelLog.open(store, IDENTITY)
 
 
@@ -429,8 +429,8 @@ def test_temporary_files_are_invisible(log: LabelLog) -> None:
 KILLED_WRITER = """
 import itertools, os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from test_label_log import IDENTITY, LabelLog, Store, labels_of, tokens_of
-log = LabelLog.open(Store(sys.argv[2]), IDENTITY)
+from test_label_log import IDENTITY, LabelLog, LocalStore, labels_of, tokens_of
+log = LabelLog.open(LocalStore(sys.argv[2]), IDENTITY)
 name, nth, calls = sys.argv[3], int(sys.argv[4]), itertools.count(1)
 real = getattr(os, name)
 def dying(*args, **kwargs):
@@ -537,7 +537,7 @@ def test_a_failing_disk_leaves_all_or_nothing(log: LabelLog, site: str, nth: int
 
 @pytest.mark.parametrize("code", ERRNOS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("site", ["open", "write", "fsync", "rename"])
-def test_a_failing_disk_keeps_the_version_before(store: Store, site: str, code: int) -> None:
+def test_a_failing_disk_keeps_the_version_before(store: LocalStore, site: str, code: int) -> None:
     store.replace("run.json", b"old")
     with pytest.MonkeyPatch.context() as patch:
         fault = Fault(patch, site, 1, code)

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from orchestrator.data.pack import HELDOUT_WINDOWS_PER_DOCUMENT, PackedPiece, pack_piece
 from orchestrator.data.sources import Piece, list_pieces
-from orchestrator.data.tokenizer import TokenizerFacts
+from orchestrator.data.tokenizer import TokenizerFacts, copy_tokenizer
 from orchestrator.errors import DataError
 from orchestrator.spec.data import Data, JsonlSource, TextSource
-from orchestrator.store.files import Store
+from orchestrator.store.local import LocalStore
 from orchestrator.store.records import ShardRecord
 from orchestrator.store.shards import read_tokens
 
@@ -31,7 +31,7 @@ FACTS = TokenizerFacts(sha256="", vocab_size=1000, bos=None, separator=SEPARATOR
 FOLDER = "data/x"
 
 
-def word_tokenizer(store: Store) -> Tokenizer:
+def word_tokenizer(store: LocalStore) -> Tokenizer:
     """A tokenizer under which the word w17 is id 17 + FIRST_WORD, so that ids can be written down by hand."""
     special = {"<sep>": SEPARATOR, "<bos>": BOS, "<unk>": UNKNOWN, "<pad>": PAD}
     words = {f"w{i}": i + FIRST_WORD for i in range(900)}
@@ -41,7 +41,7 @@ def word_tokenizer(store: Store) -> Tokenizer:
     return tokenizer
 
 
-def save(tokenizer: Tokenizer, store: Store) -> None:
+def save(tokenizer: Tokenizer, store: LocalStore) -> None:
     folder = store.path(f"{FOLDER}/tokenizer")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -63,7 +63,7 @@ def text_data(folder: Path, **changes: Any) -> Data:
     return Data(source=TextSource(kind="text", paths=(f"{folder}/*",)), **settings)
 
 
-def read_rows(store: Store, part: str, records: tuple[ShardRecord, ...]) -> list[tuple[bytes, list[int]]]:
+def read_rows(store: LocalStore, part: str, records: tuple[ShardRecord, ...]) -> list[tuple[bytes, list[int]]]:
     shards = [read_tokens(store, f"{FOLDER}/{part}", record) for record in records]
     return [(row_id, ids.tolist()) for shard in shards for row_id, ids in zip(shard.row_ids, shard.ids, strict=True)]
 
@@ -94,7 +94,7 @@ def test_windows_are_the_stream_cut_up(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int, bos: int | None, separator: int | None
 ) -> None:
     root = tmp_path_factory.mktemp("pack")
-    store, data = Store(root / "store"), text_data(root / "text", seq_len=seq_len)
+    store, data = LocalStore(root / "store"), text_data(root / "text", seq_len=seq_len)
     word_tokenizer(store)
     documents = write_documents(root / "text", lengths)
     (piece,) = list_pieces(data)
@@ -124,7 +124,7 @@ def test_what_is_learnt_is_what_follows_a_prompt(
 ) -> None:
     """Prompts are words below 300, texts the others, so every id says itself whether it is a target."""
     folder = tmp_path_factory.mktemp("prompts")
-    store, word = Store(folder / "store"), itertools.count()
+    store, word = LocalStore(folder / "store"), itertools.count()
     word_tokenizer(store)
     lines = []
     for prompt, text in lengths:
@@ -148,7 +148,7 @@ def test_what_is_learnt_is_what_follows_a_prompt(
     assert packed.dropped_tokens == ids - 8 * sum(len(shard.ids) for shard in shards) - (0 if bos or ids <= 8 else 1)
 
 
-def test_one_long_document_is_not_the_whole_measure(tmp_path: Path, store: Store) -> None:
+def test_one_long_document_is_not_the_whole_measure(tmp_path: Path, store: LocalStore) -> None:
     word_tokenizer(store)
     (document,) = write_documents(tmp_path / "text", [400])
     data = text_data(tmp_path / "text", heldout_fraction=1 - 1e-12)
@@ -160,7 +160,7 @@ def test_one_long_document_is_not_the_whole_measure(tmp_path: Path, store: Store
     assert packed.dropped_tokens >= 400 - 8 * HELDOUT_WINDOWS_PER_DOCUMENT
 
 
-def test_rows_are_spread_over_the_shards(tmp_path: Path, store: Store) -> None:
+def test_rows_are_spread_over_the_shards(tmp_path: Path, store: LocalStore) -> None:
     word_tokenizer(store)
     write_documents(tmp_path / "text", [400])
     data = text_data(tmp_path / "text")
@@ -176,14 +176,14 @@ def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     (piece,) = list_pieces(data)
     results = []
     for name, settings in (("a", data), ("b", data), ("c", data.model_copy(update={"seed": 1}))):
-        store = Store(tmp_path / name)
+        store = LocalStore(tmp_path / name)
         word_tokenizer(store)
         results.append(pack_piece(store, FOLDER, settings, piece, FACTS))
     assert results[0] == results[1]
     assert results[0] != results[2]
 
 
-def test_a_packed_piece_is_not_read_again(tmp_path: Path, store: Store) -> None:
+def test_a_packed_piece_is_not_read_again(tmp_path: Path, store: LocalStore) -> None:
     word_tokenizer(store)
     write_documents(tmp_path / "text", [30, 50])
     data = text_data(tmp_path / "text")
@@ -197,12 +197,22 @@ def test_a_packed_piece_is_not_read_again(tmp_path: Path, store: Store) -> None:
         pack_piece(store, "data/other", data, piece, FACTS)
 
 
+def test_a_tokenizer_is_copied_without_the_weights_beside_it(tmp_path: Path) -> None:
+    kept = {"tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"}
+    weights = {"model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"}
+    (tmp_path / "model").mkdir()
+    for name in kept | weights:
+        (tmp_path / "model" / name).write_text("")
+    copy_tokenizer(tmp_path / "model", tmp_path / "tokenizer")
+    assert {path.name for path in (tmp_path / "tokenizer").iterdir()} == kept
+
+
 def test_row_ids_depend_on_the_documents_alone(tmp_path: Path) -> None:
     """Shards of another size hold the same rows under the same names."""
     write_documents(tmp_path / "text", [100])
     ids = []
     for rows_per_shard in (3, 7):
-        store = Store(tmp_path / str(rows_per_shard))
+        store = LocalStore(tmp_path / str(rows_per_shard))
         word_tokenizer(store)
         data = text_data(tmp_path / "text", rows_per_shard=rows_per_shard)
         packed = pack_piece(store, FOLDER, data, list_pieces(data)[0], FACTS)
@@ -210,7 +220,7 @@ def test_row_ids_depend_on_the_documents_alone(tmp_path: Path) -> None:
     assert ids[0] == ids[1]
 
 
-def test_a_tokenizer_that_pads_and_truncates_does_neither_here(tmp_path: Path, store: Store) -> None:
+def test_a_tokenizer_that_pads_and_truncates_does_neither_here(tmp_path: Path, store: LocalStore) -> None:
     documents = write_documents(tmp_path / "text", [3, 40, 11])
     tokenizer = word_tokenizer(store)
     tokenizer.enable_truncation(5)
@@ -223,7 +233,7 @@ def test_a_tokenizer_that_pads_and_truncates_does_neither_here(tmp_path: Path, s
     assert sorted(windows) == sorted(reference_windows(in_piece_order(documents, piece), 8, None, SEPARATOR))
 
 
-def test_held_out_documents_are_in_no_training_window(tmp_path: Path, store: Store) -> None:
+def test_held_out_documents_are_in_no_training_window(tmp_path: Path, store: LocalStore) -> None:
     """Every document is one word repeated, so that each window says whose it is."""
     word_tokenizer(store)
     (tmp_path / "text").mkdir()
@@ -245,7 +255,7 @@ def test_held_out_documents_are_in_no_training_window(tmp_path: Path, store: Sto
 # What cannot be used.
 
 
-def pack_with_bad_bytes(tmp_path: Path, store: Store, policy: str) -> PackedPiece:
+def pack_with_bad_bytes(tmp_path: Path, store: LocalStore, policy: str) -> PackedPiece:
     tokenizer = word_tokenizer(store)
     assert tokenizer.token_to_id("<unk>") == UNKNOWN
     write_documents(tmp_path / "text", [20, 20])
@@ -255,27 +265,27 @@ def pack_with_bad_bytes(tmp_path: Path, store: Store, policy: str) -> PackedPiec
     return pack_piece(store, FOLDER, data, list_pieces(data)[0], FACTS)
 
 
-def test_undecodable_text_is_an_error(tmp_path: Path, store: Store) -> None:
+def test_undecodable_text_is_an_error(tmp_path: Path, store: LocalStore) -> None:
     with pytest.raises(DataError, match=r"bad\.txt: not UTF-8 at byte 6 \(data\.undecodable: replace \| skip\)") as caught:
         pack_with_bad_bytes(tmp_path, store, "error")
     assert caught.value.exit_code == 3
     assert not list(store.root.rglob("*.parquet"))
 
 
-def test_undecodable_text_is_replaced(tmp_path: Path, store: Store) -> None:
+def test_undecodable_text_is_replaced(tmp_path: Path, store: LocalStore) -> None:
     packed = pack_with_bad_bytes(tmp_path, store, "replace")
     assert (packed.documents, packed.skipped_documents) == (3, 1), "the empty one is skipped under any policy"
     ids = {i for _, ids in read_rows(store, "train", packed.train) for i in ids}
     assert UNKNOWN in ids
 
 
-def test_undecodable_text_is_skipped(tmp_path: Path, store: Store) -> None:
+def test_undecodable_text_is_skipped(tmp_path: Path, store: LocalStore) -> None:
     packed = pack_with_bad_bytes(tmp_path, store, "skip")
     assert (packed.documents, packed.skipped_documents) == (2, 2)
     assert UNKNOWN not in {i for _, ids in read_rows(store, "train", packed.train) for i in ids}
 
 
-def test_an_empty_corpus_is_an_error(tmp_path: Path, store: Store) -> None:
+def test_an_empty_corpus_is_an_error(tmp_path: Path, store: LocalStore) -> None:
     from orchestrator.data.prepare import Corpus, prepare_tokens
 
     (tmp_path / "empty.jsonl").write_text("")
@@ -284,7 +294,7 @@ def test_an_empty_corpus_is_an_error(tmp_path: Path, store: Store) -> None:
         prepare_tokens(store, Corpus("0" * 32, data, None))
 
 
-def test_a_lone_surrogate_is_text_that_is_not_utf8(tmp_path: Path, store: Store) -> None:
+def test_a_lone_surrogate_is_text_that_is_not_utf8(tmp_path: Path, store: LocalStore) -> None:
     word_tokenizer(store)
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
     data = Data(source=JsonlSource(kind="jsonl", paths=(f"{tmp_path}/x.jsonl",)))
@@ -318,7 +328,7 @@ def test_a_vocabulary_the_corpus_cannot_fill_is_an_error(tmp_path: Path) -> None
         train_tokenizer(data, TrainTokenizer(vocab_size=4096), list_pieces(data), tmp_path / "out")
 
 
-def test_a_file_that_is_gone_is_named(tmp_path: Path, store: Store) -> None:
+def test_a_file_that_is_gone_is_named(tmp_path: Path, store: LocalStore) -> None:
     word_tokenizer(store)
     write_documents(tmp_path / "text", [40, 40])
     data = text_data(tmp_path / "text")

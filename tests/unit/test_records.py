@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import EnvironmentFault, IntegrityError, SpecError
-from orchestrator.store.files import Store
+from orchestrator.store.files import open_store
+from orchestrator.store.local import LocalStore
 from orchestrator.store.records import ModelFolder, ModelManifest, finish_model, finished_model
 from orchestrator.store.shards import read_tokens
 
@@ -17,7 +18,7 @@ STAGE = "student/0123456789abcdef"
 
 
 @pytest.fixture
-def finished(store: Store) -> ModelFolder:
+def finished(store: LocalStore) -> ModelFolder:
     with store.folder_for(f"{STAGE}/model") as folder:
         for name, content in FILES.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -27,7 +28,7 @@ def finished(store: Store) -> ModelFolder:
     return finish_model(store, STAGE, vocab_size=7, training={"steps": 3.0})
 
 
-def test_a_finished_model_is_found_again(store: Store, finished: ModelFolder) -> None:
+def test_a_finished_model_is_found_again(store: LocalStore, finished: ModelFolder) -> None:
     assert finished_model(store, STAGE) == finished
     assert finished.manifest.fingerprint == "0123456789abcdef"
     assert set(finished.manifest.files) == set(FILES)
@@ -35,7 +36,7 @@ def test_a_finished_model_is_found_again(store: Store, finished: ModelFolder) ->
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["first byte", "last byte", "shorter", "longer", "gone", "renamed"])
-def test_a_changed_model_is_not_finished(store: Store, finished: ModelFolder, name: str, damage: str) -> None:
+def test_a_changed_model_is_not_finished(store: LocalStore, finished: ModelFolder, name: str, damage: str) -> None:
     file, content = finished.path / name, FILES[name]
     if damage == "gone":
         file.unlink()
@@ -52,12 +53,12 @@ def test_a_changed_model_is_not_finished(store: Store, finished: ModelFolder, na
     assert finished_model(store, STAGE) is None
 
 
-def test_an_added_file_is_a_change(store: Store, finished: ModelFolder) -> None:
+def test_an_added_file_is_a_change(store: LocalStore, finished: ModelFolder) -> None:
     (finished.path / "pytorch_model.bin").write_bytes(b"")
     assert finished_model(store, STAGE) is None
 
 
-def test_a_damaged_record_is_an_integrity_error(store: Store, finished: ModelFolder) -> None:
+def test_a_damaged_record_is_an_integrity_error(store: LocalStore, finished: ModelFolder) -> None:
     store.path(f"{STAGE}/manifest.json").write_bytes(b'{"fingerprint": "0')
     with pytest.raises(IntegrityError, match=r"manifest\.json: not a valid record"):
         finished_model(store, STAGE)
@@ -75,7 +76,7 @@ def test_identities_follow_the_content(finished: ModelFolder) -> None:
     assert manifest.model_copy(update={"training": {}, "fingerprint": ""}).content == manifest.content
 
 
-def test_a_folder_that_fails_while_it_is_built_leaves_nothing(store: Store, finished: ModelFolder) -> None:
+def test_a_folder_that_fails_while_it_is_built_leaves_nothing(store: LocalStore, finished: ModelFolder) -> None:
     def build() -> None:
         with store.folder_for(f"{STAGE}/model") as folder:
             (folder / "half").write_bytes(b"x")
@@ -87,7 +88,7 @@ def test_a_folder_that_fails_while_it_is_built_leaves_nothing(store: Store, fini
     assert list(store.root.rglob(".tmp*")) == []
 
 
-def test_first_writer_wins_and_newest_version_wins(store: Store) -> None:
+def test_first_writer_wins_and_newest_version_wins(store: LocalStore) -> None:
     assert store.put_if_absent("a/b", b"1")
     assert not store.put_if_absent("a/b", b"2")
     assert store.read("a/b") == b"1"
@@ -98,7 +99,7 @@ def test_first_writer_wins_and_newest_version_wins(store: Store) -> None:
 
 
 @pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/x"])
-def test_keys_stay_under_the_root(store: Store, key: str) -> None:
+def test_keys_stay_under_the_root(store: LocalStore, key: str) -> None:
     with pytest.raises(AssertionError):
         store.put_if_absent(key, b"")
     assert not (store.root.parent / "x").exists()
@@ -107,17 +108,18 @@ def test_keys_stay_under_the_root(store: Store, key: str) -> None:
 def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFault, match=str(tmp_path / "file")) as caught:
-        Store(tmp_path / "file").check_writable()
+        LocalStore(tmp_path / "file").check_writable()
     assert caught.value.exit_code == 4
-    Store(tmp_path / "new" / "folder").check_writable()
+    LocalStore(tmp_path / "new" / "folder").check_writable()
     assert list((tmp_path / "new" / "folder").iterdir()) == []
-    with pytest.raises(SpecError, match=r"s3://bucket"):
-        Store("s3://bucket/x")
+    for address in ("gs://bucket/x", "s3://", "http://host/x"):
+        with pytest.raises(SpecError, match=address):
+            open_store(address)
 
 
 def test_a_damaged_token_shard_is_named(tokenized: Any, tmp_path: Path) -> None:
     record = tokenized.manifest.train[1]
-    folder = Store(tmp_path)
+    folder = LocalStore(tmp_path)
     good = tokenized.store.read(f"{tokenized.folder}/train/{record.file}")
     assert len(read_tokens(tokenized.store, f"{tokenized.folder}/train", record).ids) == record.rows
     folder.put_if_absent(f"train/{record.file}", good[:100] + bytes([good[100] ^ 4]) + good[101:])
