@@ -38,7 +38,7 @@ POLL_S = (0.02, 1.0)
 PATIENCE = 0.25
 """Pauses are this share of the time waited so far, so that a wait lasts at most that much too long."""
 CHECK_ABORT_S = 1.0
-READERS = 16
+READERS = 8
 """Threads that count rows: storage that is far away answers slowly, but many at once."""
 SHARDS_A_READER = 256
 """Shards whose row ids one of them reads in one go."""
@@ -215,7 +215,8 @@ class LabelLog:
         parts = [shards[i : i + SHARDS_A_READER] for i in range(0, len(shards), SHARDS_A_READER)]
         with ThreadPoolExecutor(READERS) as readers:
             found = [shard for part in readers.map(self._row_ids, parts) for shard in part]
-        row_ids: Any = pa.chunked_array([ids for _, ids in found], type=pa.binary(ROW_ID_BYTES))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        identity: Any = pa.binary(ROW_ID_BYTES)  # which the stubs do not know in chunks
+        row_ids = pa.chunked_array([ids for _, ids in found], identity)
         distinct: int = pc.count_distinct(row_ids).as_py()
         planned = sum(manifest.train[s].rows for s in shards)
         ledger = Ledger(planned=planned, committed=distinct, quarantined=0, duplicates=len(row_ids) - distinct)
