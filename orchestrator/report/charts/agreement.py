@@ -23,7 +23,7 @@ def kl_chart(heldout: dict[str, Any]) -> Chart:
     for model in shown:
         trace = {"name": model, "x": places, "y": histogram[model], "hovertemplate": "%{y:,} tokens"}
         if model == "student":
-            trace |= {"type": "bar", "width": 1, "marker": {"color": "$student", "line": {"width": 1, "color": "$page"}}}
+            trace |= {"type": "bar", "width": 0.92, "marker": {"color": "$student", "line": {"width": 0}}}
         else:
             trace |= {"type": "scatter", "mode": "lines", "line": {"shape": "hvh", "color": f"${model}", "width": 2.25}}
         figure["data"].append(trace)
