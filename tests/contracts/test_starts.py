@@ -18,7 +18,7 @@ from orchestrator.spec.job import Job
 from orchestrator.spec.model import CheckpointStudent, Model, UpcycledStudent
 from orchestrator.store.files import Store
 from orchestrator.store.records import ModelFolder, ModelManifest, describe_folder
-from orchestrator.student.initial import Origin
+from orchestrator.student.initial import Origin, _made
 from orchestrator.student.preflight import check_models
 
 VOCAB = 67
@@ -87,9 +87,32 @@ def test_another_tokenizer_or_vocabulary_is_refused(folder: Path, tmp_path: Path
     (folder / "tokenizer.json").unlink()
     with pytest.raises(SpecError, match=r"has no tokenizer\.json"):
         _ = origin(folder, tmp_path, student).folder
-    rewrite(folder, vocab_size=VOCAB + 1)
-    with pytest.raises(SpecError, match=f"has {VOCAB + 1} ids, the teacher's {VOCAB}"):
-        _ = origin(folder, tmp_path, student).folder
+
+
+@pytest.mark.parametrize("ids", [VOCAB - 3, VOCAB + 5])
+def test_a_vocabulary_padded_to_another_size_needs_a_word(folder: Path, tmp_path: Path, ids: int) -> None:
+    exact = CheckpointStudent(kind="checkpoint", path=str(folder))
+    aligned = exact.model_copy(update={"vocab_alignment": "truncate_padding"})
+    assert origin(folder, tmp_path, exact).folder == folder, "the teacher is a copy of what this is before"
+    build_model(Model(config=SMALL), ids, 0, "student").save_pretrained(folder)
+    with pytest.raises(
+        SpecError, match=f"has {ids} ids, the teacher's {VOCAB}, the tokenizer gives 2; if they differ in padding"
+    ):
+        _ = origin(folder, tmp_path, exact).folder
+    assert origin(folder, tmp_path, aligned).folder == folder
+
+    before, made = load_model(folder, "fp32", torch.device("cpu")), _made(origin(folder, tmp_path, aligned))
+    window = torch.arange(12)[None] % min(ids, VOCAB)
+    with torch.no_grad():
+        expected, found = before(input_ids=window).logits, made(input_ids=window).logits
+    kept = min(ids, VOCAB)
+    assert found.shape[-1] == made.config.vocab_size == VOCAB
+    torch.testing.assert_close(found[..., :kept], expected[..., :kept])
+    assert not found[..., kept:].any()
+
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": kept}]}))
+    with pytest.raises(SpecError, match=f"the tokenizer gives {kept + 1};"):
+        _ = origin(folder, tmp_path, aligned).folder
 
 
 def test_the_name_of_the_first_weights_holds_all_that_makes_them(folder: Path, tmp_path: Path) -> None:
