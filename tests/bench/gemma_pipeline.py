@@ -109,7 +109,7 @@ def compare(root: Path, schedule: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a folder with the weights and the tokenizer; otherwise from the package")
-    parser.add_argument("--schedule", choices=["1f1b", "dualpipev"], default="1f1b")
+    parser.add_argument("--schedule", choices=["1f1b", "dualpipev"], default="dualpipev")
     args = parser.parse_args()
     sys.path.append(str(HERE.parent.parent))
     with tempfile.TemporaryDirectory() as folder:

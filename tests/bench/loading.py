@@ -66,6 +66,7 @@ def peaks(width: int, blocks: int, strategies: list[str], folder: Path) -> dict[
     """Bytes by strategy, start and way; of the rank that took most."""
     found = {}
     for strategy in strategies:
+        peak_until_ready(training_job(64, 4, strategy, None), "share")  # what is imported on the way is no part of it
         for start, source in (("seed", None), ("folder", folder)):
             for way in WAYS:
                 found[f"{strategy} {start} {way}"] = peak_until_ready(training_job(width, blocks, strategy, source), way)

@@ -37,7 +37,7 @@ CASES = {
 OTHER_SEED = SEED + 1
 """Of the weights in the folders."""
 STARTS = {"seed": SEED, "folder": OTHER_SEED}
-WIDTH, BLOCKS = 384, 8
+WIDTH, BLOCKS = 512, 10
 
 
 def starts(bench: Bench, root: Path, kind: str) -> dict[str, Any]:
