@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -131,7 +132,11 @@ def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
 @contextmanager
 def _registered_as(other: Callable[[nn.Parameter], nn.Parameter]) -> Generator[None]:
     """While it lasts, a module that is given a parameter gets `other` of it."""
-    handle = register_module_parameter_registration_hook(lambda _module, _name, parameter: other(parameter))
+
+    def hook(_module: nn.Module, _name: str, parameter: nn.Parameter) -> Any:
+        return other(parameter)
+
+    handle = register_module_parameter_registration_hook(hook)
     try:
         yield
     finally:
