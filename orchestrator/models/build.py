@@ -47,7 +47,11 @@ def model_config(model: Model, vocab_size: int, section: str) -> PreTrainedConfi
 
 def build_model(model: Model, vocab_size: int, seed: int, section: str) -> PreTrainedModel:
     """A freshly initialised causal LM in fp32; the same `seed` gives the same weights on every machine."""
-    config = model_config(model, vocab_size, section)
+    return draw_model(model_config(model, vocab_size, section), seed)
+
+
+def draw_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """The causal LM of `config` in fp32, drawn from `seed`."""
     config.use_cache = False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -69,6 +73,15 @@ def load_model(folder: Path, dtype: Literal["bf16", "fp32", "fp8"], on: torch.de
         raise SpecError(f"{folder}: its weights are not those of its config.json: {lacking[0]} and {len(lacking) - 1} more")
     torch.nn.Module.to(model, on)
     return model.eval()
+
+
+@torch.no_grad()
+def resize_vocabulary(model: PreTrainedModel, ids: int) -> None:
+    """Give `model` a vocabulary of `ids`, in place: the last ones are dropped, or as many that mean nothing yet added."""
+    before: int = model.config.get_text_config().vocab_size
+    model.resize_token_embeddings(ids, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight[before:] = 0.0  # type: ignore[index,union-attr]
 
 
 def outline(folder: Path) -> PreTrainedModel:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from orchestrator.errors import SpecError
 from orchestrator.losses.head import Head
-from orchestrator.models.build import outline
+from orchestrator.models.build import draw_model, outline
 
-TRIAL_IDS = 8
+TRIAL_IDS, TRIAL_WIDTH = 8, 16
 
 
 def output_head(model: PreTrainedModel) -> Head:
@@ -45,6 +46,21 @@ def check_head(model: PreTrainedModel, section: str) -> None:
     # Weights that are no numbers are another complaint, made where it is known what came of them.
     if own.shape != taken.shape or not torch.allclose(own, taken, rtol, atol, equal_nan=True):
         raise SpecError(f"{section}: {type(model).__name__} makes its logits in a way that the chunked head does not know")
+
+
+def trial_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of the architecture of `config`, for checks of what it does: two blocks of full width, but little else.
+
+    It knows `TRIAL_IDS` ids. What a block multiplies in between is narrow: no other part has to fit that.
+    """
+    config = copy.deepcopy(config)
+    inner: Any = config.get_text_config()
+    inner.num_hidden_layers = min(2, inner.num_hidden_layers)
+    inner.vocab_size, inner.pad_token_id = TRIAL_IDS, None
+    for name in ("intermediate_size", "moe_intermediate_size"):
+        if isinstance(getattr(inner, name, None), int):
+            setattr(inner, name, TRIAL_WIDTH)
+    return draw_model(config, seed=0)
 
 
 def load_head(folder: Path, dtype: torch.dtype, on: torch.device) -> Head:

@@ -27,6 +27,12 @@ def checkpoint_folder(path: str, revision: str | None, key: str) -> Path:
     return folder
 
 
+def weights_and_configuration(folder: Path) -> list[Path]:
+    """The files in `folder` that say what model it holds."""
+    present = (folder / name for name in ("config.json", "generation_config.json", "model.safetensors.index.json"))
+    return [*(file for file in present if file.is_file()), *sorted(folder.glob("*.safetensors"))]
+
+
 def vocab_size_of(folder: Path, key: str) -> int:
     """Ids that the model in `folder` knows; raises `SpecError` if its configuration does not say."""
     config = read_config(folder, key)

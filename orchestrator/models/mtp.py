@@ -60,7 +60,7 @@ class MultiTokenPrediction(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.steps = nn.ModuleList(_Step(decoder) for _ in range(depth))
-        self.to(model.device, model.dtype)
+        self.to(next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu")), model.dtype)
 
     def forward(self, hidden: Tensor, ids: Tensor) -> list[Tensor]:
         """For each depth k from 1, [rows, seq - k, width]: the states from which the head predicts ids[:, k + 1 :].
@@ -91,12 +91,18 @@ class _Step(nn.Module):
     def __init__(self, decoder: Any) -> None:
         super().__init__()
         width = decoder.config.hidden_size
-        self.hidden_norm, self.embedding_norm, self.norm = (copy.deepcopy(decoder.norm) for _ in range(3))
+        self.hidden_norm, self.embedding_norm, self.norm = (_like(decoder.norm) for _ in range(3))
         self.projection = nn.Linear(2 * width, width, bias=False)
         # With the index of the last block, for the configuration may give each its own kind.
         self.block = type(decoder.layers[-1])(decoder.config, len(decoder.layers) - 1)
         self.apply(decoder._init_weights)
         self.requires_grad_(True)  # the norm of a frozen model is copied frozen
+
+
+def _like(norm: nn.Module) -> nn.Module:
+    """A copy, without values where another process holds those of `norm`."""
+    copied = copy.deepcopy(norm)
+    return copied.to_empty(device="cpu") if any(p.is_meta for p in copied.parameters()) else copied
 
 
 def save_mtp(state: dict[str, Tensor], depth: int, folder: Path) -> None:

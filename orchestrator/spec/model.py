@@ -115,6 +115,9 @@ class CheckpointStudent(StudentBase):
     kind: Literal["checkpoint"]
     path: str
     revision: str | None = None
+    vocab_alignment: Literal["exact", "truncate_padding"] = "exact"
+    """For a vocabulary of another size than the teacher's. truncate_padding: ids that the tokenizer never gives are dropped,
+    or empty ones added, until it has that size."""
 
 
 class PrunedStudent(StudentBase):

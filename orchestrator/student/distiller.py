@@ -11,11 +11,12 @@ from orchestrator.labels.targets import Targets
 from orchestrator.losses.head import chunked_loss
 from orchestrator.losses.inner import InnerLoss, links
 from orchestrator.losses.objective import Mixture
-from orchestrator.models.build import build_model, load_model, outline
+from orchestrator.models.build import build_model, load_model, model_config, outline
 from orchestrator.models.features import captured, feature_widths, layer_count
 from orchestrator.models.fp8 import fp8_hardware, to_fp8
-from orchestrator.models.head import check_head, last_hidden, output_head
+from orchestrator.models.head import check_head, last_hidden, output_head, trial_model
 from orchestrator.models.mtp import MultiTokenPrediction, shifted
+from orchestrator.models.share import Share, drawn_share, read_share
 from orchestrator.models.stages import check_pieces
 from orchestrator.spec.labels import kept_features
 from orchestrator.spec.train import Pipeline
@@ -102,16 +103,17 @@ def head_loss(
     return chunked_loss(states, output_head(model), score) / count
 
 
-def start_model(job: TrainingJob) -> PreTrainedModel:
-    """The model of `job` as training begins; raises `SpecError` for one whose head the chunked loss cannot stand for."""
-    if isinstance(job.model, Initial):
-        model = load_model(local_folder(job.model.folder), "fp32", torch.device("cpu")).train()
-        model.config.use_cache = False
-    else:
-        model = build_model(job.model, job.vocab_size, job.seed, job.stage)
-    check_head(model, job.stage)
+def start_model(job: TrainingJob, share: Share | None = None) -> PreTrainedModel:
+    """The model of `job` as training begins, or a `share` of it, on the CPU and in fp32.
+
+    Raises `SpecError` for a model whose head the chunked loss cannot stand for.
+    """
+    model = _whole_model(job) if share is None else _shared_model(job, share)
+    model.config.use_cache = False
+    tried = model if share is None else trial_model(model.config)
+    check_head(tried, job.stage)
     if job.ahead.depth or isinstance(job.train.parallel, Pipeline):
-        check_pieces(model, job.stage)
+        check_pieces(tried, job.stage)
     if job.train.precision == "fp8":
         emulate = job.train.gpus_per_worker == 0 or not fp8_hardware()
         to_fp8(model, job.train.fp8_recipe, emulate, f"{job.stage}.model")
@@ -120,12 +122,24 @@ def start_model(job: TrainingJob) -> PreTrainedModel:
     return model
 
 
-def build_distiller(job: TrainingJob) -> Distiller:
-    """The model of `job` as training begins, with what its objective learns beside it.
+def _whole_model(job: TrainingJob) -> PreTrainedModel:
+    if isinstance(job.model, Initial):
+        return load_model(local_folder(job.model.folder), "fp32", torch.device("cpu")).train()
+    return build_model(job.model, job.vocab_size, job.seed, job.stage)
+
+
+def _shared_model(job: TrainingJob, share: Share) -> PreTrainedModel:
+    if isinstance(job.model, Initial):
+        return read_share(local_folder(job.model.folder), share)
+    return drawn_share(model_config(job.model, job.vocab_size, job.stage), job.seed, share)
+
+
+def build_distiller(job: TrainingJob, share: Share | None = None) -> Distiller:
+    """The model of `job`, or a `share` of it, as training begins, with what its objective learns beside it.
 
     Raises `SpecError` as `start_model` does, and for features that are not there.
     """
-    model = start_model(job)
+    model = start_model(job, share)
     inner = _inner_loss(job.soft, model, job.seed) if job.soft and job.soft.objective.features else None
     mtp = MultiTokenPrediction(model, job.ahead.depth, job.seed) if job.ahead.depth else None
     return Distiller(model, inner, mtp, job.ahead.weight)

@@ -39,6 +39,11 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     """Weight decay on matrices only; norms and biases go without."""
     trained = [p for p in module.parameters() if p.requires_grad]
     return [
-        {"name": "matrices", "params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"name": "vectors", "params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"name": "matrices", "params": [p for p in trained if _dimensions(p) >= 2], "weight_decay": weight_decay},
+        {"name": "vectors", "params": [p for p in trained if _dimensions(p) < 2], "weight_decay": 0.0},
     ]
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter; a partitioned one is flat."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,11 +1,13 @@
 """Students that do not start from nothing: brought, pruned from the teacher, or made into a mixture of experts.
 
-Made once, before training, as a folder in the storage: every worker, the baseline and any later run start from the same.
+Made once, before training, as a folder in the storage: every worker, the baseline and any later run start from the same. Its
+tensors have the names that they have in the model, so that a worker can read those it needs one by one.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +17,11 @@ import torch
 from transformers import PreTrainedModel
 
 from orchestrator.errors import SpecError
-from orchestrator.models.build import load_model
-from orchestrator.models.hub import checkpoint_folder, vocab_size_of
+from orchestrator.models.build import load_model, resize_vocabulary
+from orchestrator.models.hub import checkpoint_folder, vocab_size_of, weights_and_configuration
 from orchestrator.models.importance import importance
 from orchestrator.models.prune import check_prunable, prune
+from orchestrator.models.share import plainly_named
 from orchestrator.models.upcycle import upcycle
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.spec.model import CheckpointStudent, PrunedStudent, UpcycledStudent
@@ -27,6 +30,8 @@ from orchestrator.store.records import MODEL, ModelFolder, TokenManifest, descri
 from orchestrator.store.shards import read_tokens
 from orchestrator.student.job import Initial
 
+INITIAL_VERSION = 2
+"""Raised when the code makes other files of the same origin."""
 CALIBRATION_ROWS_AT_A_TIME = 4
 
 
@@ -50,25 +55,37 @@ class Origin:
         if isinstance(self.student, PrunedStudent):
             return self.teacher.path
         folder = checkpoint_folder(self.student.path, self.student.revision, "student.path")
-        ids, wanted = vocab_size_of(folder, "student.path"), self.teacher.manifest.vocab_size
-        if ids != wanted:
-            raise SpecError(f"student.path: the vocabulary of {folder} has {ids} ids, the teacher's {wanted}")
         if not (folder / "tokenizer.json").is_file():
             raise SpecError(f"student.path: {folder} has no tokenizer.json, so nobody knows whether its ids are the teacher's")
         if _vocabulary(folder) != _vocabulary(self.teacher.path):
             raise SpecError(f"student.path: the tokenizer of {folder} has other ids for its tokens than the teacher's")
+        ids, wanted, given = vocab_size_of(folder, "student.path"), self.vocab_size, _given_ids(folder)
+        if ids != wanted and not (self._may_be_padded and given <= min(ids, wanted)):
+            raise SpecError(
+                f"student.path: the vocabulary of {folder} has {ids} ids, the teacher's {wanted}, the tokenizer gives {given}; "
+                "if they differ in padding only, set student.vocab_alignment: truncate_padding"
+            )
         return folder
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the student is to know: the teacher's."""
+        return self.teacher.manifest.vocab_size
+
+    @property
+    def _may_be_padded(self) -> bool:
+        return isinstance(self.student, CheckpointStudent) and self.student.vocab_alignment == "truncate_padding"
 
     @cached_property
     def key(self) -> str:
         if isinstance(self.student, PrunedStudent):
             source = [self.teacher.manifest.content, self.manifest.content]
         else:
-            files = describe_folder(self.folder, ["config.json", *(p.name for p in self.folder.glob("*.safetensors"))])
+            files = describe_folder(self.folder, [file.name for file in weights_and_configuration(self.folder)])
             seed = self.seed if isinstance(self.student, UpcycledStudent) else None
             source = [{name: record.sha256 for name, record in files.items()}, seed]
         made = self.student.model_dump(mode="json", exclude={"mtp_depth", "mtp_weight", "path", "revision"})
-        return fingerprint("initial", made, source)
+        return fingerprint("initial", INITIAL_VERSION, made, source)
 
     @property
     def stage(self) -> str:
@@ -85,26 +102,37 @@ def make_initial(origin: Origin) -> Initial:
     """Make the first weights; raises `SpecError` for an architecture or sizes that do not allow it."""
     with origin.store.exclusive(f"{origin.stage}/lock"):
         ray.get(_make_task.remote(origin))
-        done = finish_model(origin.store, origin.stage, origin.teacher.manifest.vocab_size, {})
+        done = finish_model(origin.store, origin.stage, origin.vocab_size, {})
     return Initial(folder=done.address, content=done.manifest.content)
 
 
 @ray.remote(num_cpus=1)
 def _make_task(origin: Origin) -> None:
-    model = load_model(origin.folder, "fp32", torch.device("cpu"))
-    made = _made(origin, model)
+    made = None if _as_it_is(origin) else _made(origin)
     with origin.store.folder_for(f"{origin.stage}/{MODEL}") as folder:
-        made.save_pretrained(folder)
+        if made is not None:
+            made.save_pretrained(folder, save_original_format=False)
+        else:
+            for file in weights_and_configuration(origin.folder):
+                shutil.copy(file, folder)
 
 
-def _made(origin: Origin, model: PreTrainedModel) -> PreTrainedModel:
-    student = origin.student
+def _as_it_is(origin: Origin) -> bool:
+    """Whether the files of the checkpoint can be used, so that no process has to hold its weights."""
+    if not isinstance(origin.student, CheckpointStudent) or not plainly_named(origin.folder):
+        return False
+    return vocab_size_of(origin.folder, "student.path") == origin.vocab_size
+
+
+def _made(origin: Origin) -> PreTrainedModel:
+    model, student = load_model(origin.folder, "fp32", torch.device("cpu")), origin.student
     if isinstance(student, UpcycledStudent):
         return upcycle(model, student.experts, student.experts_per_token, student.noise, origin.seed, "student")
     if isinstance(student, PrunedStudent):
         check_prunable(model, student, "student")
         batches = _rows(origin, student.calibration_rows).split(CALIBRATION_ROWS_AT_A_TIME)
         return prune(model, student, importance(model, batches), "student")
+    resize_vocabulary(model, origin.vocab_size)
     return model
 
 
@@ -120,3 +148,11 @@ def _rows(origin: Origin, count: int) -> torch.Tensor:
 
 def _vocabulary(folder: Path) -> object:
     return json.loads((folder / "tokenizer.json").read_text())["model"].get("vocab")
+
+
+def _given_ids(folder: Path) -> int:
+    """How many ids, from 0 on, the tokenizer in `folder` gives."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"].get("vocab", {})
+    listed = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    return 1 + max([*listed, *(token["id"] for token in tokenizer.get("added_tokens", []))], default=-1)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.losses.objective import Mixture
+from orchestrator.models.share import Share
 from orchestrator.spec.train import Expert
 from orchestrator.student.balance import Balance, Experts
 from orchestrator.student.distiller import Distiller, build_distiller
@@ -16,6 +17,7 @@ from orchestrator.student.engine import join_group, start_engine
 from orchestrator.student.experts import check_experts, experts_in_sight, whole_expert_state
 from orchestrator.student.feed import MicroBatch
 from orchestrator.student.job import TrainingJob
+from orchestrator.student.sharded import even_share, partition
 
 
 class Replicated:
@@ -25,7 +27,7 @@ class Replicated:
 
     def __init__(self, job: TrainingJob) -> None:
         join_group()
-        distiller = build_distiller(job)
+        distiller = build_distiller(job, self._share(job))
         self.model, self.mtp = distiller.model, distiller.mtp
         experts = Experts.of(distiller)
         self.engine = self._start(distiller, job)
@@ -33,7 +35,13 @@ class Replicated:
         self.data_rank = dist.get_rank()
         self._zero_stage = job.train.parallel.stage
 
+    def _share(self, job: TrainingJob) -> Share | None:
+        """What this rank makes of the model; None for all of it."""
+        return even_share if job.train.parallel.stage == 3 else None
+
     def _start(self, distiller: Distiller, job: TrainingJob) -> Any:
+        if job.train.parallel.stage == 3:
+            partition(distiller, job.train)
         return start_engine(distiller, job.train)
 
     def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
@@ -74,12 +82,15 @@ class Replicated:
 class ExpertParallel(Replicated):
     """Data parallel, with the experts of every block spread over groups of ranks (DeepSpeed AutoEP)."""
 
+    def _share(self, job: TrainingJob) -> Share | None:
+        return None  # AutoEP takes its part of the experts out of whole blocks
+
     def _start(self, distiller: Distiller, job: TrainingJob) -> Any:
         parallel = job.train.parallel
         assert isinstance(parallel, Expert)
         check_experts(distiller.model, parallel.size, "teacher.train" if job.stage == "teacher" else "train")
         with experts_in_sight(distiller, distiller.model):
-            return super()._start(distiller, job)
+            return start_engine(distiller, job.train)
 
     def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return whole_expert_state(module, dtype)

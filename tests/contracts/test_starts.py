@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 from orchestrator.errors import SpecError
 from orchestrator.models.build import build_model, load_model
+from orchestrator.models.share import plainly_named, read_share
 from orchestrator.spec.job import Job
 from orchestrator.spec.model import CheckpointStudent, Model, UpcycledStudent
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import ModelFolder, ModelManifest, describe_folder
-from orchestrator.student.initial import Origin
+from orchestrator.student.initial import Origin, _made, _make_task
 from orchestrator.student.preflight import check_models
 
 VOCAB = 67
@@ -87,9 +88,46 @@ def test_another_tokenizer_or_vocabulary_is_refused(folder: Path, tmp_path: Path
     (folder / "tokenizer.json").unlink()
     with pytest.raises(SpecError, match=r"has no tokenizer\.json"):
         _ = origin(folder, tmp_path, student).folder
-    rewrite(folder, vocab_size=VOCAB + 1)
-    with pytest.raises(SpecError, match=f"has {VOCAB + 1} ids, the teacher's {VOCAB}"):
-        _ = origin(folder, tmp_path, student).folder
+
+
+@pytest.mark.parametrize("ids", [VOCAB - 3, VOCAB + 5])
+def test_a_vocabulary_padded_to_another_size_needs_a_word(folder: Path, tmp_path: Path, ids: int) -> None:
+    exact = CheckpointStudent(kind="checkpoint", path=str(folder))
+    aligned = exact.model_copy(update={"vocab_alignment": "truncate_padding"})
+    assert origin(folder, tmp_path, exact).folder == folder, "the teacher is a copy of what this is before"
+    build_model(Model(config=SMALL), ids, 0, "student").save_pretrained(folder)
+    with pytest.raises(
+        SpecError, match=f"has {ids} ids, the teacher's {VOCAB}, the tokenizer gives 2; if they differ in padding"
+    ):
+        _ = origin(folder, tmp_path, exact).folder
+    assert origin(folder, tmp_path, aligned).folder == folder
+
+    before, made = load_model(folder, "fp32", torch.device("cpu")), _made(origin(folder, tmp_path, aligned))
+    window = torch.arange(12)[None] % min(ids, VOCAB)
+    with torch.no_grad():
+        expected, found = before(input_ids=window).logits, made(input_ids=window).logits
+    kept = min(ids, VOCAB)
+    assert found.shape[-1] == made.config.vocab_size == VOCAB
+    torch.testing.assert_close(found[..., :kept], expected[..., :kept])
+    assert not found[..., kept:].any()
+
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": kept}]}))
+    with pytest.raises(SpecError, match=f"the tokenizer gives {kept + 1};"):
+        _ = origin(folder, tmp_path, aligned).folder
+
+
+def test_first_weights_can_be_read_one_by_one(folder: Path, tmp_path: Path) -> None:
+    brought = origin(folder, tmp_path, CheckpointStudent(kind="checkpoint", path=str(folder)))
+    mixed = origin(folder, tmp_path, UpcycledStudent(kind="upcycled", path=str(folder)))
+    for made in (brought, mixed):
+        _make_task._function(made)
+        found = made.store.path(f"{made.stage}/model")
+        assert plainly_named(found)
+        whole = load_model(found, "fp32", torch.device("cpu"))
+        share = read_share(found, lambda model: {name for name, _ in model.named_parameters()})
+        assert all(torch.equal(value, share.state_dict()[name]) for name, value in whole.state_dict().items())
+        copied = made is brought
+        assert ((found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()) == copied
 
 
 def test_the_name_of_the_first_weights_holds_all_that_makes_them(folder: Path, tmp_path: Path) -> None:
