@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.run import Run
 from orchestrator.runtime.board import FIRST_STEP
+from orchestrator.runtime.versions import versions
 from orchestrator.steps import Labelled, Tokens
 from orchestrator.store.records import ModelFolder
-
-PACKAGES = ("distill-orchestrator", "ray", "torch", "deepspeed", "transformers", "mlflow", "pyarrow", "tokenizers")
 
 
 def evaluate(
@@ -100,17 +97,6 @@ def write_report(run: Run, report: dict[str, Any]) -> dict[str, Any]:
         for path in write(run.folder, report, run.points(), run.shown_job()):
             run.tracker.artifact(path)
     return report
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def git_commit() -> str | None:

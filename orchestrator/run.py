@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,6 +17,7 @@ from orchestrator.plan.explain import as_dict
 from orchestrator.plan.make import Plan
 from orchestrator.runtime.environment import job_tags, tracking_uri
 from orchestrator.runtime.session import ray_session
+from orchestrator.spec.job import Job
 from orchestrator.spec.load import resolved_yaml
 from orchestrator.store.files import Store, storage_faults
 from orchestrator.store.lock import exclusive
@@ -99,9 +100,7 @@ class Run:
 
     def shown_job(self) -> str:
         """The resolved job as YAML, without a password that its tracking address may hold."""
-        tracking = self.job.tracking
-        shown = tracking.model_copy(update={"uri": redact(tracking.uri)}) if tracking.uri else tracking
-        return resolved_yaml(self.job.model_copy(update={"tracking": shown}))
+        return resolved_yaml(without_password(self.job))
 
     def collect(self) -> None:
         """Take what the workers have put on the board and keep it."""
@@ -138,8 +137,9 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
     run.store.check_writable()
     with ExitStack() as stack:
         stack.enter_context(exclusive(run.folder / "lock"))
-        run.store.replace(f"{plan.run_key}/job.yaml", resolved_yaml(plan.job).encode(), private=True)
-        run.store.replace(f"{plan.run_key}/plan.json", json.dumps(as_dict(plan), indent=1).encode(), private=True)
+        run.store.replace(f"{plan.run_key}/job.yaml", run.shown_job().encode(), private=True)
+        shown = as_dict(replace(plan, job=without_password(plan.job)))
+        run.store.replace(f"{plan.run_key}/plan.json", json.dumps(shown, indent=1).encode(), private=True)
         run.spool = Spool(run.folder / "metrics.jsonl")
         run.tracker, address = _tracker(run)
         where = f"run {run.folder}  mlflow {address}"
@@ -201,6 +201,12 @@ def _monitor(run: Run) -> Iterator[None]:
         if failures:
             raise failures[0]
         run.collect()
+
+
+def without_password(job: Job) -> Job:
+    """`job` as others may see it."""
+    uri = job.tracking.uri
+    return job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": redact(uri)})}) if uri else job
 
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

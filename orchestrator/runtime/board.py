@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Point = dict[str, Any]
 """{"stage", "step", "time_s", "metrics"}"""
@@ -51,6 +52,7 @@ class Board:
 
 
 def start_board() -> Any:
-    """A handle to a new board; costs no resources."""
-    actor: Any = ray.remote(num_cpus=0)(Board)
+    """A handle to a new board on the driver's own node, whose loss ends the run anyway; costs no resources."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board)
     return actor.remote()
