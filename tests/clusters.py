@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -133,6 +135,45 @@ def cluster(folder: Path, cpus: int, env: dict[str, str] | None = None) -> Itera
         yield running
     finally:
         running.end()
+
+
+@contextlib.contextmanager
+def losing_replies(running: Cluster) -> Iterator[str]:
+    """Address of a proxy for the job server that carries out submissions and never says so."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            request = urllib.request.Request(f"http://{running.address}{self.path}", body or None, method=self.command)
+            for name, value in self.headers.items():
+                request.add_header(name, value)
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    code, answer = reply.status, reply.read()
+            except urllib.error.HTTPError as error:
+                code, answer = error.code, error.read()
+            if (self.command, self.path) == ("POST", "/api/jobs/"):
+                lost.append(code)
+                self.close_connection = True
+                return
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_POST = do_PUT = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None: ...
+
+    lost: list[int] = []
+    server = ThreadingHTTPServer((HEAD_ADDRESS, 0), Proxy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"{HEAD_ADDRESS}:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert lost == [200], "one submission was carried out and its reply lost"
 
 
 def free_port() -> int:

@@ -32,8 +32,10 @@ def tracking_uri() -> str | None:
 
 def prepare_ray(local: bool) -> None:
     """Settings that Ray reads while it is imported or started; a Ray that is `local` gets a token if there is none."""
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and local:
-        _make_token()
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        if local:
+            _make_token()
+        _check_token()
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if local:
         # One process less to start; nobody announces the preemption of a laptop.
@@ -67,6 +69,18 @@ def _make_token() -> None:
                 os.link(temporary.name, file)
     except OSError as error:
         raise EnvironmentFault(f"cannot write Ray's token {file}: {error.strerror}; or set RAY_AUTH_TOKEN") from error
+
+
+def _check_token() -> None:
+    """Raise `EnvironmentFault` for a token file that was asked for and cannot be had; Ray would abort the process."""
+    asked = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if asked and not os.environ.get("RAY_AUTH_TOKEN"):
+        try:
+            found = Path(asked).read_text().strip()
+        except OSError as error:
+            raise EnvironmentFault(f"RAY_AUTH_TOKEN_PATH: {asked}: {error.strerror}") from error
+        if not found:
+            raise EnvironmentFault(f"RAY_AUTH_TOKEN_PATH: {asked} is empty")
 
 
 def job_server_url(address: str | None) -> str:

@@ -146,6 +146,13 @@ def test_a_local_ray_gets_a_token_that_only_its_owner_reads(tmp_path: Path, monk
     assert file.read_text() == made
 
 
+def test_a_token_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    for name, problem in (("none", "No such file"), ("empty", "is empty")):
+        ended = distill(tmp_path, "list", env={"RAY_AUTH_TOKEN_PATH": str(tmp_path / name)})
+        assert ended.code == 4 and ended.stderr.startswith("distill: RAY_AUTH_TOKEN_PATH:") and problem in ended.stderr
+
+
 def test_a_given_address_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"RAY_API_SERVER_ADDRESS": "http://old:1"})
     assert environment.job_server_url(None) == "http://old:1"
