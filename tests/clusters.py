@@ -142,7 +142,7 @@ def losing_replies(running: Cluster) -> Iterator[str]:
     """Address of a proxy for the job server that carries out submissions and never says so."""
 
     class Proxy(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             request = urllib.request.Request(f"http://{running.address}{self.path}", body or None, method=self.command)
             for name, value in self.headers.items():
