@@ -152,12 +152,9 @@ def test_a_failing_run_ends_with_its_own_code(head: Cluster, tmp_path: Path) -> 
 
 def test_what_is_refused(head: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    nobody, stranger = tmp_path / "nobody", tmp_path / "stranger"
-    stranger.write_text("0" * 64)
-    one_line(
-        distill(log, "list", *head.where, env={"RAY_AUTH_TOKEN_PATH": str(nobody), "HOME": "/"}), ENVIRONMENT, "401", "token"
-    )
-    one_line(distill(log, "list", *head.where, env={"RAY_AUTH_TOKEN_PATH": str(stranger)}), ENVIRONMENT, "403", "token")
+    nobody, stranger = {"HOME": str(tmp_path)}, {"RAY_AUTH_TOKEN": "0" * 64}
+    one_line(distill(log, "list", *head.where, env=nobody), ENVIRONMENT, "401", "token")
+    one_line(distill(log, "list", *head.where, env=stranger), ENVIRONMENT, "403", "token")
     for verb in ("status", "logs", "stop"):
         one_line(head.distill(log, verb, "no-such-run"), SPEC, "no-such-run")
         one_line(head.distill(log, verb, "../x"), SPEC, "../x")
@@ -167,13 +164,8 @@ def test_doctor_looks_at_the_cluster(head: Cluster, tmp_path: Path) -> None:
     file = write_job(secret_job(tmp_path, "patient") | {"tracking": {"enabled": False}})
     ended = head.distill(tmp_path / "log", "doctor", file).assert_ok()
     found = [line.split()[:2] for line in ended.stdout.split("\n") if line.startswith("ok")]
-    assert [what for _, what in found] == [
-        "packages",
-        "devices",
-        "token",
-        "ray",
-        *("packages", "devices", "token", "storage", "nodes"),
-    ]
+    here, there = ["packages", "devices", "token", "ray"], ["packages", "devices", "token", "storage", "nodes"]
+    assert [what for _, what in found] == here + there
     assert "patient" not in head.distill(tmp_path / "log", "list").stdout
     ended = head.distill(tmp_path / "log", "doctor", file, "-c", "storage=/proc/no-such")
     assert ended.code == ENVIRONMENT and "MISSING  storage" in ended.stdout

@@ -7,7 +7,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -176,12 +175,11 @@ def test_an_address_where_nobody_answers(address: str, code: int, words: str, tm
 
 
 def test_a_cluster_to_join_where_nobody_answers(job: Path, tmp_path: Path) -> None:
-    store = f"storage={tmp_path}/store"
-    began = time.monotonic()
-    ended = distill(tmp_path, "run", job, "-c", store, "-c", f"cluster.address={NO_NETWORK}", "-c", "tracking.enabled=false")
+    changes = (f"storage={tmp_path}/store", f"cluster.address={NO_NETWORK}", "tracking={enabled: false}")
+    ended = distill(tmp_path, "run", job, *(word for change in changes for word in ("-c", change)))
     assert ended.code == 4, ended.stderr
     assert "cluster.address" in ended.stderr.strip().split("\n")[-1]
-    assert time.monotonic() - began < 90
+    assert ended.seconds < 90
 
 
 # The command.
