@@ -147,9 +147,7 @@ def _open_log(path: Path) -> Any:
 def main() -> None:
     """Run the command and end with the exit code that the contract gives its outcome."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as ending:
-        sys.exit(ending.exit_code)
+        sys.exit(app(standalone_mode=False))
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:

@@ -54,5 +54,5 @@ class Board:
 def start_board() -> Any:
     """A handle to a new board on the driver's own node, whose loss ends the run anyway; costs no resources."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board)
-    return actor.remote()
+    actor: Any = ray.remote(num_cpus=0)(Board)
+    return actor.options(scheduling_strategy=here).remote()

@@ -7,6 +7,7 @@ it is here; what it depends on is installed there. Nothing of this machine's env
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import tempfile
 import time
@@ -83,6 +84,8 @@ class JobServer:
         self.url = url
         if not re.match(r"https?://[^/]", url):
             raise SpecError(f"--address: {url} is no job server; expected host:port or http(s)://host:port")
+        for handler in logging.getLogger("ray").handlers:
+            handler.setLevel(logging.WARNING)  # the loggers of its job client are set to INFO one by one
         with self._faults():
             self._client = _Client(url)
 
@@ -140,7 +143,7 @@ class JobServer:
         with self._faults():
             return self._client.get_job_logs(submission_id)
 
-    def follow(self, submission_id: str, write: Callable[[str], None]) -> Submission:
+    def follow(self, submission_id: str, write: Callable[[str], object]) -> Submission:
         """Hand over what the job writes until it ends. Raises `ResumableError` if the connection breaks; the job goes on."""
 
         async def tail() -> None:

@@ -26,13 +26,14 @@ def ray_session(cluster: Cluster, cpu_slots: int) -> Generator[None]:
     """
     prepare_ray(local=cluster.address == "local")
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         yield
         return
     try:
         _connect(ray, cluster, cpu_slots)
-    except ray.exceptions.AuthenticationError as error:
+    except AuthenticationError as error:
         raise EnvironmentFault(f"cluster.address: Ray at {cluster.address} answers 401: token absent or wrong") from error
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise EnvironmentFault(f"cluster.address: cannot reach Ray at {cluster.address}: {error}") from error
