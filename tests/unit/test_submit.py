@@ -197,6 +197,13 @@ def test_help_loads_nothing_heavy() -> None:
         assert f" {verb} " in output
 
 
+def test_python_programs_have_the_same_verbs(job: Path) -> None:
+    from orchestrator import api
+
+    assert {name for name in api.__all__ if callable(getattr(api, name))} == {"load_job", "plan", "run", "submit"}
+    assert api.plan(api.load_job(job, ["tracking.uri=null"])).job.name == "a"
+
+
 def test_doctor_says_what_is_missing(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     found = {"name": "a", "storage": str(tmp_path / "store"), "tracking": {"uri": f"http://u:hunter2@127.0.0.1:{free_port()}"}}
