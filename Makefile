@@ -28,6 +28,9 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest tests
 
+e2e: $(READY)
+	$(BIN)/python -m pytest -m cluster tests/e2e
+
 faults: $(READY)
 	$(BIN)/python -m pytest tests/faults --trials 20 -s
 

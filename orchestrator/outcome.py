@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import time
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.run import Run
 from orchestrator.runtime.board import FIRST_STEP
+from orchestrator.runtime.versions import versions
 from orchestrator.steps import Labelled, Tokens
 from orchestrator.store.records import ModelFolder
 
 if TYPE_CHECKING:
     from orchestrator.evaluate.measure import Measured
-
-PACKAGES = ("distill-orchestrator", "ray", "torch", "deepspeed", "transformers", "mlflow", "pyarrow", "tokenizers")
 
 
 def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolder, baseline: ModelFolder | None) -> Measured:
@@ -105,17 +102,6 @@ def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[s
         for path in write(run.folder, report, run.points(), samples, run.shown_job()):
             run.tracker.artifact(path)
     return report
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def git_commit() -> str | None:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from orchestrator.plan.explain import as_dict
 from orchestrator.plan.make import Plan
 from orchestrator.runtime.environment import job_tags, tracking_uri
 from orchestrator.runtime.session import ray_session
+from orchestrator.spec.job import Job
 from orchestrator.spec.load import resolved_yaml
 from orchestrator.store.files import StillOurs, Store, open_store, storage_faults
 from orchestrator.store.local import LocalStore
@@ -134,9 +135,7 @@ class Run:
 
     def shown_job(self) -> str:
         """The resolved job as YAML, without a password that its tracking address may hold."""
-        tracking = self.job.tracking
-        shown = tracking.model_copy(update={"uri": redact(tracking.uri)}) if tracking.uri else tracking
-        return resolved_yaml(self.job.model_copy(update={"tracking": shown}))
+        return resolved_yaml(without_password(self.job))
 
     def collect(self) -> None:
         """Take what the workers have put on the board and keep it."""
@@ -186,8 +185,9 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
         run.still_ours = stack.enter_context(run.store.exclusive(f"{plan.run_key}/lock"))
         stack.enter_context(_books(run))
         run.folder = stack.enter_context(run.store.workspace(plan.run_key, (METRICS, OUTBOX), run.still_ours))
-        run.store.replace(f"{plan.run_key}/job.yaml", resolved_yaml(plan.job).encode(), private=True)
-        run.store.replace(f"{plan.run_key}/plan.json", json.dumps(as_dict(plan), indent=1).encode(), private=True)
+        run.store.replace(f"{plan.run_key}/job.yaml", run.shown_job().encode(), private=True)
+        shown = as_dict(replace(plan, job=without_password(plan.job)))
+        run.store.replace(f"{plan.run_key}/plan.json", json.dumps(shown, indent=1).encode(), private=True)
         run.spool = Spool(run.folder / METRICS)
         run.tracker, address = _tracker(run)
         where = f"run {run.store.address(plan.run_key)}  mlflow {address}"
@@ -281,6 +281,12 @@ def _monitor(run: Run) -> Iterator[None]:
         if failures:
             raise failures[0]
         run.collect()
+
+
+def without_password(job: Job) -> Job:
+    """`job` as others may see it."""
+    uri = job.tracking.uri
+    return job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": redact(uri)})}) if uri else job
 
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

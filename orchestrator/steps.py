@@ -15,6 +15,7 @@ from orchestrator.errors import SpecError
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
 from orchestrator.run import Run
+from orchestrator.runtime.nodes import check_nodes
 from orchestrator.runtime.session import check_resources
 from orchestrator.spec.job import Job
 from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher
@@ -68,7 +69,7 @@ def check_models(job: Job) -> None:
 
 
 def check_cluster(run: Run) -> None:
-    """Raise `EnvironmentFault` if the cluster could never hold what runs at the same time."""
+    """Raise `EnvironmentFault` if the cluster could never hold what runs at the same time, or its nodes do not fit together."""
     spec, train = run.job.teacher, run.job.train
     pool = {"CPU": spec.replicas.min * spec.cpus_per_replica, "GPU": spec.replicas.min * spec.gpus_per_replica}
     workers = {"CPU": train.workers * train.cpus_per_worker, "GPU": train.workers * train.gpus_per_worker}
@@ -76,6 +77,7 @@ def check_cluster(run: Run) -> None:
     if isinstance(spec, PretrainTeacher):
         own = spec.train
         check_resources({"CPU": own.workers * own.cpus_per_worker, "GPU": own.workers * own.gpus_per_worker}, "teacher.train")
+    check_nodes(run.store, run.job.storage)
 
 
 def fetch_teacher(run: Run) -> ModelFolder | None:

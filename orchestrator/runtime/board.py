@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Point = dict[str, Any]
 """{"stage", "step", "time_s", "metrics"}"""
@@ -61,6 +62,7 @@ class Board:
 
 
 def start_board() -> Any:
-    """A handle to a new board; costs no resources."""
+    """A handle to a new board on the driver's own node, whose loss ends the run anyway; costs no resources."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(num_cpus=0)(Board)
-    return actor.remote()
+    return actor.options(scheduling_strategy=here).remote()

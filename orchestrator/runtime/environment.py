@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import tempfile
+from pathlib import Path
+
+from orchestrator.errors import EnvironmentFault
 
 
 def limit_threads(count: int) -> None:
@@ -31,8 +37,11 @@ def tracking_uri() -> str | None:
 
 
 def prepare_ray(local: bool) -> None:
-    """Settings that Ray reads while it is imported or started."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if local else "token")
+    """Settings that Ray reads while it is imported or started; a Ray that is `local` gets a token if there is none."""
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        if local:
+            _make_token()
+        _check_token()
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if local:
         # One process less to start; nobody announces the preemption of a laptop.
@@ -40,6 +49,54 @@ def prepare_ray(local: bool) -> None:
     os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def ray_token() -> str | Path | None:
+    """Where Ray takes its token from: the name of a variable, or a file; None without token authentication."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return None
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    asked = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(asked) if asked else Path.home() / ".ray" / "auth_token"
+
+
+def _make_token() -> None:
+    """Make the token of the clusters that this user starts, unless there is one; Ray's own could be read by anybody."""
+    file = ray_token()
+    if not isinstance(file, Path) or file.exists():
+        return
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent) as temporary:  # which is readable to its owner alone
+            temporary.write(secrets.token_hex(32))
+            temporary.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary.name, file)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write Ray's token {file}: {error.strerror}; or set RAY_AUTH_TOKEN") from error
+
+
+def _check_token() -> None:
+    """Raise `EnvironmentFault` for a token file that was asked for and cannot be had; Ray would abort the process."""
+    asked = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if asked and not os.environ.get("RAY_AUTH_TOKEN"):
+        try:
+            found = Path(asked).read_text().strip()
+        except OSError as error:
+            raise EnvironmentFault(f"RAY_AUTH_TOKEN_PATH: {asked}: {error.strerror}") from error
+        if not found:
+            raise EnvironmentFault(f"RAY_AUTH_TOKEN_PATH: {asked} is empty")
+
+
+def job_server_url(address: str | None) -> str:
+    """URL of a cluster's job server: `address` (`host:port` or a URL), else the one set for this machine, else the local one.
+
+    It is written back, because Ray prefers what its variable says to an address it is given.
+    """
+    asked = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "127.0.0.1:8265"
+    os.environ["RAY_API_SERVER_ADDRESS"] = asked if "://" in asked else f"http://{asked}"
+    return os.environ["RAY_API_SERVER_ADDRESS"]
 
 
 def job_tags() -> dict[str, str]:

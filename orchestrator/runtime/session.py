@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from orchestrator.errors import EnvironmentFault, Terminated
 from orchestrator.runtime.environment import prepare_ray
 from orchestrator.spec.job import Cluster
 
+CONNECT_S = 5.0
+
 
 @contextmanager
 def ray_session(cluster: Cluster, cpu_slots: int) -> Generator[None]:
@@ -23,12 +26,15 @@ def ray_session(cluster: Cluster, cpu_slots: int) -> Generator[None]:
     """
     prepare_ray(local=cluster.address == "local")
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         yield
         return
     try:
         _connect(ray, cluster, cpu_slots)
+    except AuthenticationError as error:
+        raise EnvironmentFault(f"cluster.address: Ray at {cluster.address} answers 401: token absent or wrong") from error
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise EnvironmentFault(f"cluster.address: cannot reach Ray at {cluster.address}: {error}") from error
     _raise_on_sigterm()
@@ -36,6 +42,11 @@ def ray_session(cluster: Cluster, cpu_slots: int) -> Generator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def knock(host: str, port: int) -> None:
+    """Raise `OSError` within seconds if nobody listens there."""
+    socket.create_connection((host, port), timeout=CONNECT_S).close()
 
 
 def lost_cluster(error: BaseException) -> bool:
@@ -82,4 +93,7 @@ def _connect(ray: Any, cluster: Cluster, cpu_slots: int) -> None:
     if cluster.address == "local":
         ray.init(address="local", num_cpus=cpu_slots, include_dashboard=cluster.dashboard, **common)
     else:
+        host, _, port = cluster.address.rpartition("//")[2].rpartition(":")
+        if port.isdecimal():
+            knock(host, int(port))  # Ray itself would try for minutes
         ray.init(address=cluster.address, **common)

@@ -24,9 +24,10 @@ MAX_BYTES = 250_000  # the YAML parser needs a second for a few times as much
 _OVERRIDE = re.compile(r"([\w-]+(?:\.[\w-]+){0,20})=(.*)", re.ASCII | re.DOTALL)
 
 
-def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+def load_job(path: str | Path, overrides: Sequence[str] = (), *, interpolate: bool = True) -> Job:
     """The job in the YAML file `path`, with `overrides` (`a.b=c`) put in.
 
+    Without `interpolate`, text keeps its `${oc.env:X}` as written, for a machine that has X; other values may not have one.
     Raises `SpecError`, one line with file, line and key, for whatever is wrong with either, and `EnvironmentFault`
     for a file that cannot be read.
     """
@@ -39,7 +40,8 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     if overrides:
         data = _merge(data, [_parse_override(text) for text in overrides], origins)
     secrets: dict[Keys, str] = {}
-    data = {key: _interpolate(value, (key,), origins, secrets) for key, value in data.items()}
+    if interpolate:
+        data = {key: _interpolate(value, (key,), origins, secrets) for key, value in data.items()}
     fill_kinds(data)
     try:
         return Job.model_validate_json(json.dumps(data))
@@ -47,8 +49,11 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         raise SpecError(report(error.errors(include_url=False), origins, secrets)) from None
 
 
-def resolved_yaml(job: Job) -> str:
-    """`job` with every default written out, as YAML that `load_job` reads back to an equal job."""
+def resolved_yaml(job: Job, *, interpolated: bool = True) -> str:
+    """`job` with every default written out, as YAML that `load_job` reads back to an equal job.
+
+    `interpolated` says whether the job was loaded that way.
+    """
     from ruamel.yaml import YAML
 
     yaml: Any = YAML(typ="safe", pure=True)
@@ -56,7 +61,8 @@ def resolved_yaml(job: Job) -> str:
     yaml.allow_unicode, yaml.width = False, MAX_BYTES  # the emitter loses spaces where it folds a line
     yaml.sort_base_mapping_type_on_output = False
     stream = StringIO()
-    yaml.dump(_escape(job.model_dump(mode="json")), stream)
+    data = job.model_dump(mode="json")
+    yaml.dump(_escape(data) if interpolated else data, stream)
     return stream.getvalue()
 
 

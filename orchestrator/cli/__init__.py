@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from orchestrator.cli.cluster import cluster_app
+from orchestrator.cli.options import AsJson, JobFile, Overrides
 from orchestrator.errors import DistillError, Terminated, find_user_error
 
 app = typer.Typer(
@@ -23,10 +25,7 @@ app = typer.Typer(
 )
 labels_app = typer.Typer(help="Look into a label log.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(labels_app, name="labels")
-
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", "-c", metavar="a.b=c", help="Override a value of the job file.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print data for machines on stdout.")]
+app.add_typer(cluster_app)
 
 
 @app.command()
@@ -158,9 +157,7 @@ def _open_log(path: str) -> Any:
 def main() -> None:
     """Run the command and end with the exit code that the contract gives its outcome."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as ending:
-        sys.exit(ending.exit_code)
+        sys.exit(app(standalone_mode=False))
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:
@@ -191,7 +188,3 @@ def _explain(error: Exception) -> int:
         return 1
     print(f"distill: {known}", file=sys.stderr)
     return known.exit_code
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,31 @@
+"""Which code runs here."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("distill-orchestrator", "ray", "torch", "deepspeed", "transformers", "mlflow", "pyarrow", "tokenizers")
+PACKAGE_FOLDER = Path(__file__).parent.parent
+"""The package `orchestrator` as it runs here."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def code_digest() -> str:
+    """12 hex digits over the source of `orchestrator`, which changes more often than its version does."""
+    digest = hashlib.sha256()
+    for file in sorted(PACKAGE_FOLDER.rglob("*.py")):
+        digest.update(file.relative_to(PACKAGE_FOLDER).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]

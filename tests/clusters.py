@@ -1,0 +1,182 @@
+"""Ray clusters of processes on this machine, as `ray start` makes them, with a job server and token authentication."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+
+from tests.tiny import PATIENCE_S, Ended, distill, eventually, kill
+
+HEAD_ADDRESS = "127.0.0.1"
+
+
+class Node:
+    """A node: `ray start --block` and all that it has started."""
+
+    def __init__(self, command: Sequence[str], env: dict[str, str], log: Path) -> None:
+        with log.open("wb") as file:
+            self._popen = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+        self._log = log
+
+    def check(self) -> None:
+        assert self._popen.poll() is None, self._log.read_text()[-4000:]
+
+    def titles(self) -> set[str]:
+        """First words of the command lines of its processes."""
+        found: set[str] = set()
+        for process in self._family():
+            with contextlib.suppress(psutil.Error, IndexError):
+                found.add(process.cmdline()[0])
+        return found
+
+    def kill(self) -> int:
+        """SIGKILL to all its processes, as when a machine fails; how many it hit."""
+        family = self._family()
+        hits = sum(map(kill, family))
+        psutil.wait_procs(family, PATIENCE_S)
+        self._popen.wait(PATIENCE_S)
+        return hits
+
+    def _family(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            first = psutil.Process(self._popen.pid)
+            return [first, *first.children(recursive=True)]
+        return []
+
+
+class Cluster:
+    """A head, and nodes that come and go. `env` is what the processes of the head have in their environment."""
+
+    def __init__(self, folder: Path, cpus: int, env: dict[str, str] | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.temp = folder, Path(tempfile.mkdtemp(prefix="dc", dir="/tmp"))  # sockets need a short path
+        self.token = folder / "token"
+        self.token.touch(0o600)
+        self.token.write_text(secrets.token_hex(32))
+        self.nodes: list[Node] = []
+        self._gcs, self._dashboard = free_port(), free_port()
+        self.address = f"{HEAD_ADDRESS}:{self._dashboard}"
+        head = ["--head", "--port", str(self._gcs), "--temp-dir", str(self.temp), "--ray-client-server-port", str(free_port())]
+        head += ["--dashboard-host", HEAD_ADDRESS, "--dashboard-port", str(self._dashboard)]
+        self.head = self._start(HEAD_ADDRESS, cpus, head, env or {}, ())
+        eventually(self._healthy, "the job server answers", every_s=0.5)
+
+    def add_node(self, cpus: int, env: dict[str, str] | None = None, within: Sequence[str] = ()) -> Node:
+        """Start one more node, with an address of its own; `within` is a command that runs its command."""
+        node = self._start(
+            f"127.0.0.{2 + len(self.nodes)}", cpus, ["--address", f"{HEAD_ADDRESS}:{self._gcs}"], env or {}, within
+        )
+        self.nodes.append(node)
+        return node
+
+    def distill(self, log: Path, *args: str | Path) -> Ended:
+        """`distill ARGS --address` of this cluster, with its token."""
+        return distill(log, *args, *self.where, env=self.client_env)
+
+    @property
+    def where(self) -> tuple[str, str]:
+        return ("--address", self.address)
+
+    @property
+    def client_env(self) -> dict[str, str]:
+        return {"RAY_AUTH_TOKEN_PATH": str(self.token)}
+
+    def end(self) -> None:
+        for node in (*self.nodes, self.head):
+            node.kill()
+        shutil.rmtree(self.temp, ignore_errors=True)
+
+    def _start(self, ip: str, cpus: int, args: Sequence[str], env: dict[str, str], within: Sequence[str]) -> Node:
+        ports = (
+            "--dashboard-agent-listen-port",
+            "--dashboard-agent-grpc-port",
+            "--runtime-env-agent-port",
+            "--metrics-export-port",
+        )
+        own = [word for option in ports for word in (option, str(free_port()))]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        command = [*within, *ray, "--node-ip-address", ip, "--num-cpus", str(cpus), *own, *args]
+        plain = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "RAY"))}
+        path = f"{Path(sys.executable).parent}:{plain['PATH']}"
+        auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+        without_us = {"PYTHONPATH": ""}  # the package has to travel
+        return Node(command, plain | {"PATH": path} | without_us | auth | env, self.folder / f"node-{ip}.log")
+
+    def _healthy(self) -> bool:
+        self.head.check()
+        try:
+            urllib.request.urlopen(f"http://{self.address}/api/version", timeout=2)
+        except urllib.error.HTTPError as error:
+            return error.code == 401
+        except OSError:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, cpus: int, env: dict[str, str] | None = None) -> Iterator[Cluster]:
+    """A running cluster; nothing of it is left when the block ends."""
+    running = Cluster(folder, cpus, env)
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+@contextlib.contextmanager
+def losing_replies(running: Cluster) -> Iterator[str]:
+    """Address of a proxy for the job server that carries out submissions and never says so."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            request = urllib.request.Request(f"http://{running.address}{self.path}", body or None, method=self.command)
+            for name, value in self.headers.items():
+                request.add_header(name, value)
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    code, answer = reply.status, reply.read()
+            except urllib.error.HTTPError as error:
+                code, answer = error.code, error.read()
+            if (self.command, self.path) == ("POST", "/api/jobs/"):
+                lost.append(code)
+                self.close_connection = True
+                return
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_POST = do_PUT = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None: ...
+
+    lost: list[int] = []
+    server = ThreadingHTTPServer((HEAD_ADDRESS, 0), Proxy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"{HEAD_ADDRESS}:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert lost == [200], "one submission was carried out and its reply lost"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HEAD_ADDRESS, 0))
+        return probe.getsockname()[1]
