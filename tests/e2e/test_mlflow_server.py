@@ -178,7 +178,7 @@ class TeamServer(Server):
         replaced = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=5000": f"--port={self.port}"}
         command = [replaced.pop(word, filled(word)) for word in service["command"]]
         assert not replaced and set(here) <= {*service["environment"], "PGPORT"}
-        self._command = [sys.executable, "-m", *command, "--workers=2"]
+        self._command = [sys.executable, "-m", *command, "--workers=1"]
         self._environment = os.environ | {k: filled(v) for k, v in service["environment"].items() if v} | here
         self._folder = folder
 

@@ -29,9 +29,16 @@ print(ray.get(ray.remote(lambda: "done on the cluster").remote()))
 """
 
 
+def node_ip() -> str:
+    """Where a node is reached: Ray takes this machine's address in the place of 127.0.0.1."""
+    from ray.util import get_node_ip_address
+
+    return get_node_ip_address()
+
+
 def certified(folder: Path) -> dict[str, str]:
     """Make certificates in `folder`; the environment of a node or client that has them."""
-    subprocess.run([ROOT / "cluster" / "tls.sh", folder, "127.0.0.1"], check=True, capture_output=True)
+    subprocess.run([ROOT / "cluster" / "tls.sh", folder, node_ip()], check=True, capture_output=True)
     files = {"CA_CERT": "ca.crt", "SERVER_CERT": "node.crt", "SERVER_KEY": "node.key"}
     return {"RAY_USE_TLS": "1"} | {f"RAY_TLS_{name}": str(folder / file) for name, file in files.items()}
 
@@ -56,8 +63,8 @@ def head() -> Iterator[Head]:
     (folder / "token").touch(0o600)
     (folder / "token").write_text(secrets.token_hex(32))
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-    head = Head(f"127.0.0.1:{port}", token, certified(folder / "certificates"))
-    command = [RAY, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=1"]
+    head = Head(f"{node_ip()}:{port}", token, certified(folder / "certificates"))
+    command = [RAY, "start", "--head", "--block", f"--port={port}", f"--node-ip-address={node_ip()}", "--num-cpus=1"]
     command += [f"--temp-dir={folder}/ray", "--include-dashboard=false", "--disable-usage-stats"]
     variables = os.environ | token | head.certificates | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

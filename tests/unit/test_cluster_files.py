@@ -128,7 +128,6 @@ def test_node_types_of_gcp_are_valid_for_compute_engine() -> None:
 # KubeRay
 
 
-@cache
 def resource_schema(kind: str) -> dict[str, Any]:
     file = KUBERAY / f"ray.io_{kind.lower()}s.yaml"
     if not file.is_file():
@@ -136,6 +135,7 @@ def resource_schema(kind: str) -> dict[str, Any]:
     definition = yaml.load(file.read_text(), Loader=yaml.CSafeLoader)
     (version,) = (v for v in definition["spec"]["versions"] if v["name"] == "v1")
     schema = closed(version["schema"]["openAPIV3Schema"])
+    jsonschema.Draft202012Validator.check_schema(schema)
     schema["properties"]["metadata"] |= {"properties": {"name": {}, "generateName": {}}, "additionalProperties": False}
     return schema
 
@@ -153,7 +153,12 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
 def check_resource(document: dict[str, Any]) -> None:
     kind = document["kind"]
     assert (document["apiVersion"], kind) in {("ray.io/v1", "RayCluster"), ("ray.io/v1", "RayJob")}
-    jsonschema.validate(document, resource_schema(kind), cls=jsonschema.Draft202012Validator)
+    resource_validator(kind).validate(document)
+
+
+@cache
+def resource_validator(kind: str) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(resource_schema(kind))
 
 
 @pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
@@ -171,10 +176,13 @@ def test_options_are_valid_patches(option: str) -> None:
 
 def test_storage_claim_is_valid() -> None:
     claim = read("kuberay/storage.yaml")
-    volumes = resource_schema("RayCluster")["properties"]["spec"]["properties"]["headGroupSpec"]["properties"]["template"]
+    volumes = resource_validator("RayCluster").schema["properties"]["spec"]["properties"]["headGroupSpec"]["properties"][
+        "template"
+    ]
     volumes = volumes["properties"]["spec"]["properties"]["volumes"]["items"]["properties"]
     template = volumes["ephemeral"]["properties"]["volumeClaimTemplate"]["properties"]
-    assert_only_valid_as_written(claim["spec"], lambda spec: jsonschema.validate(spec, template["spec"]), KUBERAY_LEAVES)
+    validator = jsonschema.Draft202012Validator(template["spec"])
+    assert_only_valid_as_written(claim["spec"], validator.validate, KUBERAY_LEAVES)
     assert (claim["apiVersion"], claim["kind"]) == ("v1", "PersistentVolumeClaim")
     (volume,) = read("kuberay/raycluster.yaml")["spec"]["headGroupSpec"]["template"]["spec"]["volumes"]
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
