@@ -6,7 +6,6 @@ import contextlib
 import json
 import sys
 import traceback
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer

@@ -204,8 +204,20 @@ class _Session:
         if not env.MLFLOW_LOGGING_LEVEL.is_set():
             logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._entities, self._client = entities, MlflowClient(uri)
-        old = self._client.get_experiment_by_name(experiment)
-        self.experiment_id = old.experiment_id if old else self._client.create_experiment(experiment, artifact_location)
+        self.experiment_id = self._experiment(experiment, artifact_location)
+
+    def _experiment(self, name: str, artifact_location: str | None) -> str:
+        """Its id; made if there is none, unless another run makes it at the same moment."""
+        from mlflow.exceptions import MlflowException
+
+        if found := self._client.get_experiment_by_name(name):
+            return found.experiment_id
+        try:
+            return self._client.create_experiment(name, artifact_location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return self._experiment(name, artifact_location)
 
     def ping(self) -> None:
         self._client.get_experiment(self.experiment_id)
