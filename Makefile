@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart gemma test lint faults seeds students bench bench-head bench-trl bench-pipelines bench-planner bench-prune draws learn clean
+.PHONY: quickstart gemma test lint e2e dashboards dashboards-check faults seeds students bench bench-head bench-trl bench-pipelines bench-planner bench-prune draws learn clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,6 +26,15 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest tests
+
+e2e: $(READY)
+	$(BIN)/python -m pytest -m cluster tests/e2e
+
+dashboards: $(READY)
+	$(BIN)/distill dashboards install dashboards
+
+dashboards-check: $(READY)
+	$(BIN)/python -m pytest -m cluster tests/e2e/test_dashboards.py -s
 
 faults: $(READY)
 	$(BIN)/python -m pytest tests/faults --trials 20 -s

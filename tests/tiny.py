@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,12 @@ class Ended:
 
 
 class Command:
-    """`python ARGS` in a session of its own, its output in files of `folder`."""
+    """`python ARGS` in a session of its own, its output in files of `folder`; `env` adds to what it inherits."""
 
-    def __init__(self, folder: Path, *args: str | Path) -> None:
+    def __init__(self, folder: Path, *args: str | Path, env: Mapping[str, str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "stdout", folder / "stderr"
-        plain = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "RAY"))}
+        plain = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "RAY"))} | dict(env or {})
         command = [sys.executable, *map(str, args)]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._popen = subprocess.Popen(command, stdout=out, stderr=err, env=plain, start_new_session=True)
@@ -181,9 +181,9 @@ class Command:
 
 
 @contextlib.contextmanager
-def started(folder: Path, *args: str | Path) -> Iterator[Command]:
+def started(folder: Path, *args: str | Path, env: Mapping[str, str] | None = None) -> Iterator[Command]:
     """A running `python ARGS`; nothing of it is left when the block ends."""
-    command = Command(folder, *args)
+    command = Command(folder, *args, env=env)
     try:
         yield command
     finally:

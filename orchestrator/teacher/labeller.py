@@ -59,6 +59,7 @@ class Labeller:
             self._start()
         except DistillError as error:
             self._refusal = error  # Ray keeps but the text of what a constructor raises; the first call can raise it whole
+        self._idle_since = time.perf_counter()
 
     def _start(self) -> None:
         work = self._work
@@ -72,20 +73,23 @@ class Labeller:
         receipts = [self.label(int(s), int(p)) for s, p in zip(batch["shard"], batch["position"], strict=True)]
         return {name: [r[name] for r in receipts] for name in receipts[0]}
 
-    def label(self, shard: int, position: int) -> dict[str, float]:
+    def label(self, shard: int, position: int) -> dict[str, Any]:
         """Label and commit token shard `shard`, the `position`-th of the demand; returns its receipt."""
+        idle_s = time.perf_counter() - self._idle_since
         blocked_s = self._wait_for_student(position)
         started = time.perf_counter()
         record = self._manifest.train[shard]
         tokens = read_tokens(self._work.store, f"{self._work.data_folder}/train", record)
         committed = self._log.commit(shard, tokens, self.encode(shard, tokens))
-        seconds = time.perf_counter() - started
+        self._idle_since = time.perf_counter()
         return {
             "shard": shard,
             "rows": committed.rows,
             "bytes": committed.bytes,
-            "seconds": seconds,
+            "seconds": self._idle_since - started,
             "blocked_s": blocked_s,
+            "idle_s": idle_s,
+            "replica": ray.get_runtime_context().get_actor_id(),
         }
 
     def encode(self, shard: int, tokens: TokenShard) -> Columns:
