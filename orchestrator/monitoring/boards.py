@@ -15,7 +15,7 @@ WINDOW = "$__rate_interval"
 BY_STAGE = "run, stage"
 STAGE = "{{run}} {{stage}}"
 
-NO_DEATH = "no training worker has died"
+NO_DEATH = "no process has died"
 MOE_ONLY = "the student is no mixture of experts"
 
 
@@ -116,7 +116,7 @@ WORKER_DEATHS = Panel(
         )
     ],
     "short",
-    optional="no process has died",
+    optional=NO_DEATH,
 )
 
 OVERVIEW = Dashboard(
@@ -271,7 +271,7 @@ LABELLING = Dashboard(
                 Panel(
                     "Teacher actors",
                     "Actors of the teacher pool by state, of all runs on the cluster.",
-                    [Query('sum by (State) (ray_actors{Name=~"MapWorker.*Labeller.*|MapBatches.Labeller.*"})', "{{State}}")],
+                    [Query('sum by (State) (ray_actors{Source="gcs",Name=~"MapWorker.*Labeller.*"})', "{{State}}")],
                     "short",
                 ),
                 WAITING,
@@ -339,7 +339,12 @@ CLUSTER = Dashboard(
                     ],
                     "short",
                 ),
-                Panel("Actors", "Actors by state.", [Query(_here("sum by (State) (ray_actors{%})"), "{{State}}")], "short"),
+                Panel(
+                    "Actors",
+                    "Actors by state.",
+                    [Query(_here('sum by (State) (ray_actors{%,Source="gcs"})'), "{{State}}")],
+                    "short",
+                ),
                 Panel(
                     "Tasks",
                     "Unfinished tasks by state; many pending ones wait for resources.",

@@ -15,6 +15,8 @@ from orchestrator.tracking.names import METRICS
 
 DISCOVERY = Path("/tmp/ray/prom_metrics_service_discovery.json")
 """Where Ray's head node lists what is to be scraped."""
+SCRAPE_EVERY = "10s"
+"""As often as Ray's processes report."""
 RAY_DASHBOARDS = "/tmp/ray/session_latest/metrics/grafana/dashboards"
 """Ray's own dashboards, as its head node writes them; Ray's web page embeds these."""
 PROMETHEUS_URL = "http://localhost:9090"
@@ -64,7 +66,7 @@ def metrics_table() -> str:
 
 def _prometheus(discovery: Path) -> dict[str, Any]:
     return {
-        "global": {"scrape_interval": "10s", "evaluation_interval": "15s"},
+        "global": {"scrape_interval": SCRAPE_EVERY, "evaluation_interval": "15s"},
         "rule_files": ["rules.yml"],
         "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)]}]}],
     }
@@ -78,7 +80,7 @@ def _dashboard_providers(pages: Path) -> dict[str, Any]:
 
 def _datasources(prometheus_url: str) -> dict[str, Any]:
     source = {"name": "Prometheus", "type": "prometheus", "access": "proxy", "url": prometheus_url, "isDefault": True}
-    return {"apiVersion": 1, "datasources": [source]}
+    return {"apiVersion": 1, "datasources": [source | {"jsonData": {"timeInterval": SCRAPE_EVERY}}]}
 
 
 def _yaml(document: dict[str, Any]) -> str:

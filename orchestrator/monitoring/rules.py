@@ -111,9 +111,9 @@ ALERTS = (
         f"{added(names.RESTARTS, '30m', by='run, stage')} > 0",
         "0m",
         "warning",
-        "{{ $labels.run }}: training workers of the {{ $labels.stage }} died and were started again",
-        "The run goes on from its newest checkpoint, until train.max_restarts is used up. Ray's dashboard says how the worker "
-        "ended; out of memory is the usual reason.",
+        "{{ $labels.run }}: processes of the {{ $labels.stage }} died and were started again",
+        "Training goes on from its newest checkpoint, until train.max_restarts is used up; a label shard is done again. "
+        "Ray's dashboard says how the process ended; out of memory is the usual reason.",
     ),
     Alert(
         "DistillSpilling",

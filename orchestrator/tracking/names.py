@@ -105,7 +105,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 "When the last checkpoint was written, or training began: what was done since would be lost",
                 "state",
             ),
-            Metric(RESTARTS, "restarts", "Restarts of training after a worker died", "count"),
+            Metric(RESTARTS, "restarts", "Restarts after a process of the stage died", "count"),
             Metric(NONFINITE_LOSSES, "steps", "Steps whose loss was not finite, each of which ended its training", "count"),
             Metric(SHARDS_COMMITTED, "shards", "Label shards committed so far"),
             Metric(LABEL_TOKENS_PER_S, "tokens/s", "Tokens labelled, all teachers together", "log"),

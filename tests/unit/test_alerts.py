@@ -86,7 +86,7 @@ FIRING = (
         RESTARTED,
         {RESTARTS: "_x9 1x60"},
         "12m",
-        "r: training workers of the student died and were started again",
+        "r: processes of the student died and were started again",
         STAGE,
     ),
     Case(
