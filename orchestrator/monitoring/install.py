@@ -65,10 +65,12 @@ def metrics_table() -> str:
 
 
 def _prometheus(discovery: Path) -> dict[str, Any]:
+    # Looked for again and again, because a file whose folder is not there yet cannot be watched.
+    nodes = {"files": [str(discovery)], "refresh_interval": "15s"}
     return {
         "global": {"scrape_interval": SCRAPE_EVERY, "evaluation_interval": "15s"},
         "rule_files": ["rules.yml"],
-        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)]}]}],
+        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [nodes]}],
     }
 
 

@@ -45,35 +45,35 @@ def scrape() -> Iterator[Scrape]:
 
 def test_what_is_said_of_a_stage_stands_until_it_ends(scrape: Scrape) -> None:
     exporter = Exporter("r")
-    exporter.start("student")
-    exporter.take("student", {name: 2.0 for name, metric in METRICS.items() if name != names.RUNNING})
+    for stage in ("student", "labels"):
+        exporter.start(stage)
+        exporter.take(stage, {name: 2.0 for name in METRICS if name != names.RUNNING})
     exporter.take("student", {names.LOSS: float("nan"), names.RESTARTS: 1.0, names.LABEL_TOKENS: 0.0})
-    exporter.take("labels", {names.of_replica(names.REPLICA_BUSY_S, 3): 1.5, names.SHARDS_COMMITTED: 1.0})
+    exporter.take("baseline", {names.of_replica(names.REPLICA_BUSY_S, 3): 1.5, names.SHARDS_COMMITTED: 1.0})
 
-    def seen(seconds: float) -> dict[tuple[str, str, str], float]:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+    def once(condition: Callable[[dict[tuple[str, str, str], float]], bool]) -> dict[tuple[str, str, str], float]:
+        """What is scraped when `condition` is true of it, for the first time."""
+        deadline = time.monotonic() + 90
+        while not condition(found := scrape()):
+            assert time.monotonic() < deadline, found
             exporter.refresh()
             time.sleep(REPORT_S / 4)
-        return scrape()
+        return found
 
-    def of_student(found: dict[tuple[str, str, str], float]) -> set[str]:
-        return {name for name, stage, _ in found if stage == "student"}
+    def of(stage: str, found: dict[tuple[str, str, str], float]) -> set[str]:
+        return {name for name, its, _ in found if its == stage}
 
     exported = {m.prometheus_name for m in METRICS.values() if m.exported}
-    deadline = time.monotonic() + 60
-    while of_student(seen(REPORT_S)) != exported:
-        assert time.monotonic() < deadline, of_student(seen(REPORT_S)) ^ exported
-    found = seen(5 * REPORT_S)  # longer than Ray remembers a gauge that nobody sets
-    assert of_student(found) == exported
+    found = once(lambda found: of("student", found) == of("labels", found) == exported)
     assert found["ray_distill_train_loss", "student", ""] == 2
     assert found["ray_distill_stage_running", "student", ""] == 1
     assert found["ray_distill_train_restarts_total", "student", ""] == 3
     assert abs(time.time() - found["ray_distill_stage_last_progress_time_s", "student", ""]) < 120
-    assert {key: value for key, value in found.items() if key[1] == "labels"} == {
-        ("ray_distill_label_replica_busy_s_total", "labels", "3"): 1.5
+    assert {key: value for key, value in found.items() if key[1] == "baseline"} == {
+        ("ray_distill_label_replica_busy_s_total", "baseline", "3"): 1.5
     }, "of a stage that is not at work, only what counts"
 
     exporter.finish("student")
     counters = {m.prometheus_name for m in METRICS.values() if m.kind == "count"}
-    assert of_student(seen(5 * REPORT_S)) == counters, "gauges end with their stage"
+    found = once(lambda found: of("student", found) == counters)
+    assert of("labels", found) == exported, "what stands is set again for as long as Ray takes to forget"
