@@ -25,17 +25,13 @@ def _gauge(name: str, title: str, unit: str, *, log_scale: bool = False, width: 
     return Panel(title, f"{METRICS[name].help}.", [query], unit, log_scale=log_scale, width=width, optional=optional)
 
 
-def _waiting(side: str, expr: str) -> Query:
-    return Query(expr, f"{{{{run}}}} {side}")
-
-
 WAITING = Panel(
     "Who waits",
     "Part of the time in which the student waited for labels, and in which the teachers waited for the student because "
     "labels.run_ahead let them go no further. One of them near 0 and the other well above: the one near 0 is the bottleneck.",
     [
-        _waiting("student waits", promql.student_wait(WINDOW, THIS_RUN)),
-        _waiting("teachers blocked", promql.teacher_blocked(WINDOW, THIS_RUN)),
+        Query(promql.student_wait(WINDOW, THIS_RUN), "{{run}} student waits"),
+        Query(promql.teacher_blocked(WINDOW, THIS_RUN), "{{run}} teachers blocked"),
     ],
     "percentunit",
     thresholds=[(WAITS, "orange")],
@@ -110,10 +106,7 @@ WORKER_DEATHS = Panel(
     "Processes that died",
     "Unexpected ends of Ray's worker processes per minute, teacher actors and training workers among them.",
     [
-        Query(
-            "sum by (Type, Name) (rate(ray_node_manager_unexpected_worker_failure_total[5m])) * 60",
-            "{{Type}} {{Name}}",
-        )
+        Query("sum by (Type, Name) (rate(ray_node_manager_unexpected_worker_failure_total[5m])) * 60", "{{Type}} {{Name}}"),
     ],
     "short",
     optional=NO_DEATH,
@@ -151,8 +144,8 @@ OVERVIEW = Dashboard(
                 NONFINITE,
             ],
         ),
-        Row("Which side holds it up?", [BOTTLENECK, WAITING, RUN_AHEAD, TOKENS]),
-        Row("What has it come to?", [LOSS, _gauge(names.SHARDS_COMMITTED, "Label shards", "short")]),
+        Row("Which side holds it up?", [BOTTLENECK, WAITING, RUN_AHEAD]),
+        Row("What has it come to?", [TOKENS, LOSS, _gauge(names.SHARDS_COMMITTED, "Label shards", "short")]),
     ],
 )
 

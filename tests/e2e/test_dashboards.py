@@ -26,7 +26,22 @@ import pytest
 from orchestrator.monitoring.boards import DASHBOARDS
 from orchestrator.monitoring.install import install
 from orchestrator.tracking.names import METRICS
-from tests.tiny import DISTILL, TRAINER, Json, eventually, kill, started, steps_seen, tiny_job, write_corpus, write_job
+from tests.tiny import (
+    DISTILL,
+    GLOBAL_BATCH,
+    STEPS,
+    TRAINER,
+    Json,
+    commits,
+    eventually,
+    kill,
+    metric_points,
+    started,
+    steps_seen,
+    tiny_job,
+    write_corpus,
+    write_job,
+)
 
 PROMETHEUS = shutil.which("prometheus")
 pytestmark = [
@@ -67,6 +82,7 @@ class Watched:
     url: str
     start: float
     end: float
+    storage: Path
 
     def get(self, path: str, **parameters: Any) -> Any:
         with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}", timeout=30) as reply:
@@ -114,7 +130,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             eventually(lambda: not command.running or steps_seen(folder / "store") > 50, "steps of the student")
             assert any([kill(process) for process in command.members(TRAINER)]), command.stderr
             command.wait().assert_ok()
-        yield Watched(url, start, time.time())
+        yield Watched(url, start, time.time(), folder / "store")
 
 
 def test_every_panel_shows_something(watched: Watched) -> None:
@@ -147,8 +163,21 @@ def test_rules_are_worked_out_and_the_death_is_reported(watched: Watched) -> Non
 
 
 def test_metrics_say_what_happened(watched: Watched) -> None:
-    """Against the run's own log."""
-    (restarts,) = watched.shown('ray_distill_train_restarts_total{stage="student"}')
-    assert float(restarts["values"][-1][1]) == 1
+    """Against what the run left on disk."""
+
+    def counted(name: str, stage: str) -> float:
+        """The last value of a counter; over all of its labels."""
+        return sum(float(s["values"][-1][1]) for s in watched.shown(f'ray_distill_{name}_total{{stage="{stage}"}}'))
+
+    (manifest,) = (json.loads(f.read_text()) for f in watched.storage.glob("data/*/manifest.json"))
+    rows = sum(json.loads(record)["rows"] for record in commits(watched.storage).values())
+    assert counted("label_tokens", "labels") == rows * manifest["seq_len"]
+    trained = STEPS * GLOBAL_BATCH * manifest["seq_len"]
+    assert counted("train_tokens", "baseline") == trained
+    assert trained <= counted("train_tokens", "student") < 2 * trained, "some steps were done again"
+    assert (counted("train_restarts", "student"), counted("train_restarts", "baseline")) == (1, 0)
+    (seen,) = watched.shown('ray_distill_train_loss{stage="baseline"}')
+    losses = {float(value) for _, value in seen["values"]}
+    assert len(losses) > 5 and losses <= {p["metrics"]["train/loss"] for p in metric_points(watched.storage, "baseline")}
     over = watched.get("query", query="ray_distill_stage_running", time=watched.end)["result"]
-    assert over == [], "the run has ended"
+    assert over == [], "gauges end with the run"
