@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,12 @@ class Ended:
 
 
 class Command:
-    """`python ARGS` in a session of its own, its output in files of `folder`; `env` adds to what it inherits."""
+    """`python ARGS` in a session of its own, its output in files of `folder`; `env` is added to the environment."""
 
-    def __init__(self, folder: Path, *args: str | Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, *args: str | Path, env: dict[str, str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "stdout", folder / "stderr"
-        plain = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "RAY"))} | dict(env or {})
+        plain = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "RAY"))} | (env or {})
         command = [sys.executable, *map(str, args)]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._popen = subprocess.Popen(command, stdout=out, stderr=err, env=plain, start_new_session=True)
@@ -156,6 +156,10 @@ class Command:
         """Processes of the family with `title` in their command line."""
         return [p for p in self.family() if title in command_line(p)]
 
+    def interrupt(self) -> None:
+        """What Ctrl-C sends."""
+        os.killpg(self._popen.pid, signal.SIGINT)
+
     def kill(self) -> None:
         """SIGKILL to the process group of the command."""
         os.killpg(self._popen.pid, signal.SIGKILL)
@@ -181,7 +185,7 @@ class Command:
 
 
 @contextlib.contextmanager
-def started(folder: Path, *args: str | Path, env: Mapping[str, str] | None = None) -> Iterator[Command]:
+def started(folder: Path, *args: str | Path, env: dict[str, str] | None = None) -> Iterator[Command]:
     """A running `python ARGS`; nothing of it is left when the block ends."""
     command = Command(folder, *args, env=env)
     try:
@@ -190,9 +194,9 @@ def started(folder: Path, *args: str | Path, env: Mapping[str, str] | None = Non
         command.end()
 
 
-def distill(folder: Path, *args: str | Path) -> Ended:
+def distill(folder: Path, *args: str | Path, env: dict[str, str] | None = None) -> Ended:
     """Run `distill ARGS` to its end."""
-    with started(folder, *DISTILL, *args) as command:
+    with started(folder, *DISTILL, *args, env=env) as command:
         return command.wait()
 
 
