@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart gemma test lint faults e2e seeds students bench bench-head bench-trl bench-pipelines bench-planner bench-prune bench-log \
-	bench-replicas bench-loading bench-gemma-pipeline draws learn clean
+.PHONY: quickstart gemma test lint faults e2e dashboards dashboards-check seeds students bench bench-head bench-trl bench-pipelines \
+	bench-planner bench-prune bench-log bench-replicas bench-loading bench-gemma-pipeline draws learn clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -31,11 +31,14 @@ test: lint
 e2e: $(READY)
 	$(BIN)/python -m pytest -m cluster tests/e2e
 
+dashboards: $(READY)
+	$(BIN)/distill dashboards install dashboards
+
+dashboards-check: $(READY)
+	$(BIN)/python -m pytest -m cluster tests/e2e/test_dashboards.py -s
+
 faults: $(READY)
 	$(BIN)/python -m pytest tests/faults --trials 20 -s
-
-e2e: $(READY)
-	$(BIN)/python -m pytest -m cluster tests/e2e
 
 seeds: $(READY)
 	$(BIN)/python tests/bench/seeds.py

@@ -24,7 +24,7 @@ from orchestrator.spec.load import resolved_yaml
 from orchestrator.store.files import StillOurs, Store, open_store, storage_faults
 from orchestrator.store.local import LocalStore
 from orchestrator.tracking.mlflow_tracker import Tracker, redact, run_url
-from orchestrator.tracking.names import stage_id
+from orchestrator.tracking.names import SHARDS_STARTED, metric_of, stage_id
 from orchestrator.tracking.spool import Spool
 
 RUN = "run.json"
@@ -80,6 +80,7 @@ class Run:
         """Of this attempt and of those before it that did not finish."""
         self._mutex = threading.Lock()
         self.board: Any = None
+        self.exporter: Any = None
         self.spool: Spool
         self.tracker: Tracker
 
@@ -97,6 +98,7 @@ class Run:
         identity = stage_id(name, key)
         self.tracker.stage_started(identity, flat(params or {}) | {"fingerprint": key}, dataset)
         self.display.stage_started(name)
+        self.exporter.start(name)
         try:
             yield record
         except BaseException:
@@ -105,6 +107,7 @@ class Run:
         finally:
             record.seconds = time.time() - self.started - record.started_s
             record.status = "ran" if record.status == "running" else record.status
+            self.exporter.finish(name)
             self.display.stage_finished(name, record.status, record.seconds)
             self.tracker.stage_finished(identity, "FAILED" if record.status == "failed" else "FINISHED", record.figures)
             self.save()
@@ -138,13 +141,19 @@ class Run:
         return resolved_yaml(without_password(self.job))
 
     def collect(self) -> None:
-        """Take what the workers have put on the board and keep it."""
+        """Take what the workers have put on the board, keep it, and tell the dashboards how things stand."""
         import ray
+
+        from orchestrator.runtime.board import STUDENT_SHARDS
 
         points, warnings = ray.get([self.board.take.remote(), self.board.take_warnings.remote()])
         self._keep(points)
         for text in warnings:
             self.warn(text)
+        started = self.progress().get(f"student.{STUDENT_SHARDS}")
+        if started is not None:
+            self.exporter.take("student", {SHARDS_STARTED: started})
+        self.exporter.refresh()
 
     def progress(self) -> dict[str, float]:
         """How far the workers say they are."""
@@ -154,9 +163,13 @@ class Run:
 
     def _keep(self, points: list[dict[str, Any]]) -> None:
         for point in points:
-            with storage_faults(self.spool.path):
-                self.spool.append(point["stage"], point["step"], point["metrics"], point["time_s"])
-            self.display.point(point["stage"].partition(":")[0], point["step"], point["metrics"])
+            stage = point["stage"].partition(":")[0]
+            self.exporter.take(stage, point["metrics"])
+            logged = {name: value for name, value in point["metrics"].items() if metric_of(name)[0].logged}
+            if logged:
+                with storage_faults(self.spool.path):
+                    self.spool.append(point["stage"], point["step"], logged, point["time_s"])
+                self.display.point(stage, point["step"], logged)
         if points:
             self.tracker.notify()
 
@@ -194,9 +207,10 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
         stack.enter_context(display.open(where, plan))
         stack.callback(_close_tracker, run)
         stack.enter_context(ray_session(plan.job.cluster, plan.cpu_slots))
+        from orchestrator.monitoring.exporter import Exporter
         from orchestrator.runtime.board import start_board
 
-        run.board = start_board()
+        run.board, run.exporter = start_board(), Exporter(plan.job.name)
         stack.enter_context(_monitor(run))
         yield run
 

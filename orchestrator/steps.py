@@ -209,12 +209,14 @@ def _label_missing(
     rows = size = 0
     busy = idle = blocked = 0.0
     began = None
+    replicas: dict[str, int] = {}
     seq_len = tokens.manifest.seq_len
     shards = [(shard, position[shard]) for shard in missing]
     for receipt in label_shards(work, shards, spec.replicas, spec.cpus_per_replica, spec.gpus_per_replica):
         began = began or time.time() - receipt["seconds"]
         done, rows, size = done + 1, rows + receipt["rows"], size + receipt["bytes"]
         busy, idle, blocked = busy + receipt["seconds"], idle + receipt["idle_s"], blocked + receipt["blocked_s"]
+        number = replicas.setdefault(receipt["replica"], len(replicas))
         figures = {
             names.SHARDS_COMMITTED: done,
             names.LABEL_TOKENS_PER_S: rows * seq_len / (time.time() - began),
@@ -223,6 +225,11 @@ def _label_missing(
             names.BUSY_S: busy,
             names.IDLE_S: idle,
             names.BLOCKED_S: blocked,
+            names.LABEL_TOKENS: receipt["rows"] * seq_len,
+            names.TEACHER_REPLICAS: len(replicas),
+            names.of_replica(names.REPLICA_BUSY_S, number): receipt["seconds"],
+            names.of_replica(names.REPLICA_IDLE_S, number): receipt["idle_s"],
+            names.of_replica(names.REPLICA_BLOCKED_S, number): receipt["blocked_s"],
         }
         run.record("labels", labelling.log.key, done, figures)
     assert began is not None

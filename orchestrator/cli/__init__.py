@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,8 @@ app = typer.Typer(
 labels_app = typer.Typer(help="Look into a label log.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(labels_app, name="labels")
 app.add_typer(cluster_app)
+dashboards_app = typer.Typer(help="Watch runs in Grafana.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(dashboards_app, name="dashboards")
 
 
 @app.command()
@@ -139,6 +142,19 @@ def labels_verify(path: Annotated[str, typer.Argument(help="Label log: STORAGE/l
     """Read every shard of a label log and check every byte; exit code 5 names the first damaged shard."""
     found = _open_log(path).verify()
     print(f"{len(found)} shards, {sum(r.rows for _, r in found):,} rows: intact")
+
+
+@dashboards_app.command("install")
+def dashboards_install(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; what an earlier version wrote is replaced.")],
+    discovery: Annotated[Path | None, typer.Option(help="Ray's list of nodes, as Prometheus will see the file.")] = None,
+    prometheus: Annotated[str | None, typer.Option(help="Address of Prometheus, as Grafana will see it.")] = None,
+) -> None:
+    """Write Grafana's dashboards and provisioning, and Prometheus' configuration and alert rules."""
+    from orchestrator.monitoring.install import DISCOVERY, PROMETHEUS_URL, install
+
+    for path in install(folder, discovery or DISCOVERY, prometheus or PROMETHEUS_URL):
+        print(path)
 
 
 def _open_log(path: str) -> Any:

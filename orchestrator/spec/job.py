@@ -45,7 +45,7 @@ class Cluster(Spec):
     num_cpus: int | None = Field(default=None, ge=1)
     """CPU slots of a local Ray; null: the machine's cores, or what the job needs if that is more."""
     dashboard: bool = False
-    """Start Ray's dashboard with a local Ray (needs `ray[default]`)."""
+    """Start Ray's dashboard with a local Ray, which also lists it for Prometheus."""
 
 
 class Job(Spec):

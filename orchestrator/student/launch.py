@@ -16,6 +16,7 @@ from orchestrator.errors import ResumableError, find_user_error
 from orchestrator.store.files import Store
 from orchestrator.store.records import ModelFolder, finished_model
 from orchestrator.student.job import TrainingJob
+from orchestrator.tracking import names
 
 BROKEN_LINK = re.compile(r"connection|gloo|nccl|socket|broken pipe|tim(ed |e)out|recv|rendezvous", re.IGNORECASE)
 """What torch says to the neighbours of a worker that died."""
@@ -44,6 +45,7 @@ def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: st
                 if attempt == job.train.max_restarts:
                     raise ResumableError(f"{job.stage}: training workers died {attempt + 1} times: {error}") from error
                 warn(f"{job.stage}: a training worker died; retry {attempt + 1}/{job.train.max_restarts}")
+                board.post.remote(names.stage_id(job.stage, job.key), [(0, {names.RESTARTS: 1.0})])
     model = finished_model(store, job.folder)
     assert model is not None
     return model

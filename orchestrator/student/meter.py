@@ -31,6 +31,7 @@ class Meter:
         self._first_wait_s = 0.0
         self._started = self._flushed = time.perf_counter()
         self._waited = 0.0
+        self.saved()
 
     def add(self, step: int, terms: torch.Tensor, grad_norm: Any, routing: torch.Tensor | None) -> None:
         """Take the figures of one step: means of `TERMS` [5], the gradient's norm or None, those of routers [3]."""
@@ -51,16 +52,22 @@ class Meter:
         if not self._pending:
             return
         now, tokens = time.perf_counter(), self._job.train.global_batch * self._job.manifest.seq_len * len(self._pending)
+        elapsed, waited = now - self._flushed, self._feed.waited_s - self._waited
         pace = {
-            names.TRAIN_TOKENS_PER_S: tokens / (now - self._flushed),
-            names.LABEL_WAIT_FRACTION: (self._feed.waited_s - self._waited) / (now - self._flushed),
-            names.INTERVAL_S: now - self._flushed,
+            names.TRAIN_TOKENS_PER_S: tokens / elapsed,
+            names.LABEL_WAIT_FRACTION: waited / elapsed,
+            names.INTERVAL_S: elapsed,
+            names.TRAIN_TOKENS: tokens,
+            names.TRAIN_BUSY_S: elapsed - waited,
         }
         points = [self._point(*pending) for pending in self._pending]
         points[-1][1].update(pace)
-        if dist.get_rank() == 0:
-            self._board.post.remote(names.stage_id(self._job.stage, self._job.key), points)
+        self._post(points)
         self._pending, self._flushed, self._waited = [], now, self._feed.waited_s
+
+    def saved(self) -> None:
+        """Say that all that was done so far would outlast this process."""
+        self._post([(0, {names.LAST_CHECKPOINT_TIME_S: time.time()})])
 
     def summary(self) -> dict[str, float]:
         """Figures of this training as a whole, for its manifest; of a resumed one, since it was resumed.
@@ -83,6 +90,7 @@ class Meter:
     ) -> tuple[int, dict[str, float]]:
         loss, ce, kd, inner, ahead = terms.tolist()
         if not math.isfinite(loss):
+            self._post([(step, {names.NONFINITE_LOSSES: 1.0})])
             raise ResumableError(f"{self._job.stage}: the loss of step {step} is not finite; the last checkpoint is kept")
         self._last_loss = loss
         figures = {
@@ -100,3 +108,7 @@ class Meter:
         if routing is not None:
             figures |= zip((names.ROUTER_AUX, names.EXPERT_IMBALANCE, names.DROPPED_FRACTION), routing.tolist(), strict=True)
         return step, figures
+
+    def _post(self, points: list[tuple[int, dict[str, float]]]) -> None:
+        if dist.get_rank() == 0:
+            self._board.post.remote(names.stage_id(self._job.stage, self._job.key), points)

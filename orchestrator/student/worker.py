@@ -51,6 +51,7 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
         if done % job.train.checkpoint_every == 0 and done < job.train.steps:
             meter.flush()
             save_checkpoint(engine, schedule, store, job.folder, done)
+            meter.saved()
     meter.flush()
     save_model(trainer, store, job, tokenizer_folder, meter.summary())
 

@@ -75,7 +75,7 @@ class Labeller:
         receipts = [self.label(int(s), int(p)) for s, p in zip(batch["shard"], batch["position"], strict=True)]
         return {name: [r[name] for r in receipts] for name in receipts[0]}
 
-    def label(self, shard: int, position: int) -> dict[str, float]:
+    def label(self, shard: int, position: int) -> dict[str, Any]:
         """Label and commit token shard `shard`, the `position`-th of the demand; returns its receipt."""
         idle_s = time.perf_counter() - self._idle_since
         blocked_s = self._wait_for_student(position)
@@ -91,6 +91,7 @@ class Labeller:
             "seconds": self._idle_since - started,
             "blocked_s": blocked_s,
             "idle_s": idle_s,
+            "replica": ray.get_runtime_context().get_actor_id(),
         }
 
     def encode(self, shard: int, tokens: TokenShard) -> Columns:
