@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.run import Run
-from orchestrator.runtime.board import FIRST_STEP
 from orchestrator.runtime.versions import versions
 from orchestrator.steps import Labelled, Tokens
 from orchestrator.store.records import ModelFolder
@@ -43,6 +42,7 @@ def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolde
 def compose(run: Run, tokens: Tokens, labels: Labelled, student: ModelFolder, measured: Measured) -> dict[str, Any]:
     """The report so far: everything but the stages that are still to come."""
     from orchestrator.evaluate.measure import gap_recovered
+    from orchestrator.runtime.board import FIRST_STEP
 
     seal, training, figures = labels.seal, student.manifest.training, measured.figures
     progress = run.progress()

@@ -15,7 +15,6 @@ from orchestrator.errors import SpecError
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
 from orchestrator.run import Run
-from orchestrator.runtime.nodes import check_nodes
 from orchestrator.runtime.session import check_resources
 from orchestrator.spec.job import Job
 from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher
@@ -77,6 +76,8 @@ def check_cluster(run: Run) -> None:
     if isinstance(spec, PretrainTeacher):
         own = spec.train
         check_resources({"CPU": own.workers * own.cpus_per_worker, "GPU": own.workers * own.gpus_per_worker}, "teacher.train")
+    from orchestrator.runtime.nodes import check_nodes
+
     check_nodes(run.store, run.job.storage)
 
 

@@ -41,7 +41,7 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False, dry_
     if dry_run:
         print(explain(plan))
         return
-    from orchestrator.pipeline import run as run_plan
+    from orchestrator.api import run as run_plan
 
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints its warnings to stdout
         report = run_plan(plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import sys
 import tempfile
 from pathlib import Path
 
@@ -37,8 +38,13 @@ def tracking_uri() -> str | None:
 
 
 def prepare_ray(local: bool) -> None:
-    """Settings that Ray reads while it is imported or started; a Ray that is `local` gets a token if there is none."""
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+    """Settings that Ray reads while it is imported or started; a Ray that is `local` gets a token if there is none.
+
+    A program that imports Ray before this is called decides about tokens itself: Ray has looked by then.
+    """
+    if "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ.get("RAY_AUTH_MODE") == "token":
         if local:
             _make_token()
         _check_token()

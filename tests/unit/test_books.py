@@ -23,7 +23,7 @@ def made(tmp_path: Path) -> Any:
 
 
 def written(run: Run) -> dict[str, Any]:
-    return json.loads((run.folder / "run.json").read_text())
+    return json.loads(run.store.read(f"{run.plan.run_key}/run.json"))
 
 
 def test_a_run_without_faults_says_so(made: Any) -> None:

@@ -133,6 +133,7 @@ def test_the_code_has_a_digest() -> None:
 def test_a_local_ray_gets_a_token_that_only_its_owner_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "home" / ".ray" / "auth_token"
     monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path / "home")})
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
     assert environment.ray_token() == file
     environment.prepare_ray(local=False)
     assert not file.exists(), "a token of our own is none for somebody's cluster"

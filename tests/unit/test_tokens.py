@@ -79,7 +79,13 @@ def test_measured_tokens_are_those_of_whole_distributions(seed: int) -> None:
     models = {"teacher": tiny(seed, 32), "student": tiny(seed + 1, 16), "baseline": tiny(seed + 2, 16)}
     windows = torch.randint(VOCAB, (6, 33), generator=torch.Generator().manual_seed(seed))
     sums = {name: _Sums() for name in models}
-    entropy = torch.cat([part for rows in windows.split(4) for part in _measure_part(models, sums, rows)])
+    entropy = torch.cat(
+        [
+            part
+            for rows in windows.split(4)
+            for part in _measure_part(models, sums, rows, torch.ones(rows[:, 1:].numel(), dtype=torch.bool))
+        ]
+    )
     theirs = reference(models["teacher"], windows)
     assert entropy.numpy() == pytest.approx(-(theirs.exp() * theirs).sum(-1).numpy(), abs=1e-4)
     for name in ("student", "baseline"):
