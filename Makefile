@@ -35,7 +35,7 @@ dashboards: $(READY)
 	$(BIN)/distill dashboards install dashboards
 
 dashboards-check: $(READY)
-	$(BIN)/python -m pytest -m cluster tests/e2e/test_dashboards.py -s
+	$(BIN)/python -m pytest -m cluster tests/e2e/test_monitoring.py -s
 
 faults: $(READY)
 	$(BIN)/python -m pytest tests/faults --trials 20 -s
