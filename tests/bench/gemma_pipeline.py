@@ -52,7 +52,7 @@ def training_job(root: Path, parallel: dict[str, Any], workers: int) -> Any:
     vocab = vocab_size_of(root / "model", "student.path")
     counts = {"documents": 0, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
     manifest = TokenManifest(fingerprint="", seq_len=SEQ, vocab_size=vocab, tokenizer_sha256="", train=(), heldout=(), **counts)
-    return TrainingJob("student", Initial(folder=root / "model", content=""), vocab, train, 0, "", manifest, None)
+    return TrainingJob("student", Initial(folder=str(root / "model"), content=""), vocab, train, 0, "", manifest, None)
 
 
 def train(root: Path, parallel: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Ranks that make a share of a model each start with the weights of the whole, to the bit, and none ever holds all of it."""
+"""Ranks that make a share of a model each start with the weights of the whole, to the bit; a pipeline's hold their stages only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch.distributed as dist
 from orchestrator.models.build import build_model
 from orchestrator.models.mtp import MultiTokenPrediction
 from orchestrator.student.job import Ahead, Initial
-from tests.bench import loading
 from tests.parity.course import MODELS, SEED, VOCAB, Bench, Case, build_bench
 from tests.parity.ranks import run_on_ranks
 
@@ -37,7 +36,6 @@ CASES = {
 OTHER_SEED = SEED + 1
 """Of the weights in the folders."""
 STARTS = {"seed": SEED, "folder": OTHER_SEED}
-WIDTH, BLOCKS = 512, 10
 
 
 def starts(bench: Bench, root: Path, kind: str) -> dict[str, Any]:
@@ -49,7 +47,7 @@ def starts(bench: Bench, root: Path, kind: str) -> dict[str, Any]:
         for start in STARTS:
             job = replace(bench.job(case, dist.get_world_size()), ahead=Ahead(int(kind == "zero"), 0.3))
             if start == "folder":
-                job = replace(job, model=Initial(folder=root / case.model, content=""))
+                job = replace(job, model=Initial(folder=str(root / case.model), content=""))
             trainer = start_trainer(job)
             states = [trainer.whole_state(part, torch.float32) for part in (trainer.model, trainer.mtp) if part is not None]
             held = [p.numel() for p in trainer.model.parameters() if not p.is_meta]
@@ -94,13 +92,3 @@ def test_ranks_start_with_the_weights_of_the_whole(started: Any, case: Case, sta
         twice = case.model == "deep" and case.strategy == "1f1b"  # the first and the last rank hold the tied embedding
         assert sum(found["held"]) == whole.num_parameters() + twice * whole.lm_head.weight.numel()
         assert max(found["held"]) < whole.num_parameters()
-
-
-def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
-    weights = loading.save_whole(WIDTH, BLOCKS, tmp_path / "model")
-    for strategies in (["zero3"], ["1f1b"]):
-        found = run_on_ranks(2, tmp_path, loading.peaks, WIDTH, BLOCKS, strategies, tmp_path / "model")
-        for name, taken in found.items():
-            print(f"{name}: {taken / weights:.2f} of the weights")
-            assert (taken < 0.8 * weights) == name.endswith("share"), name
-            assert name.endswith("share") or taken > 0.9 * weights, name
