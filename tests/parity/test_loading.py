@@ -1,4 +1,4 @@
-"""Ranks that make a share of a model each start with the weights of the whole, to the bit; a pipeline's hold their stages only."""
+"""Ranks that make a share of a model each start with the weights of the whole; a pipeline's hold their stages only."""
 
 from __future__ import annotations
 
