@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,23 +83,46 @@ class Emulated(torch.autograd.Function):
         return rounded(x, kind, dim if recipe == "rowwise" else None)
 
 
-class Reference(nn.Module):
-    def __init__(self, layer: nn.Linear, recipe: Recipe) -> None:
-        super().__init__()
-        self.weight, self.bias, self.recipe = layer.weight, layer.bias, recipe
+@dataclass
+class Passage:
+    """What went through a layer, both ways."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: Any = Emulated.apply(x.flatten(0, -2), self.weight, self.recipe)
-        return out.unflatten(0, x.shape[:-1]) + (0 if self.bias is None else self.bias)
+    x: torch.Tensor
+    y: torch.Tensor
+    grad_y: torch.Tensor
+    grad_x: torch.Tensor
 
 
-def reference(model: Any, recipe: Recipe) -> Any:
-    """A float64 copy of `model` with the emulation in its inner layers."""
-    twin = copy.deepcopy(model).double()
-    for name in INNER:
-        parent, _, child = name.rpartition(".")
-        setattr(twin.get_submodule(parent), child, Reference(twin.get_submodule(name), recipe))
-    return twin
+def passages(model: Any, seed: int) -> dict[str, Passage]:
+    """Of each inner layer, by name, while the model runs and gradients come back."""
+    found: dict[str, Passage] = {}
+    kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def forward(layer: nn.Module, given: Any, y: torch.Tensor) -> None:
+        kept[names[layer]] = given[0].detach(), y.detach()
+
+    def backward(layer: nn.Module, grad_x: Any, grad_y: Any) -> None:
+        found[names[layer]] = Passage(*kept[names[layer]], grad_y[0], grad_x[0])
+
+    names = {model.get_submodule(name): name for name in INNER}
+    for layer in names:
+        layer.register_forward_hook(forward)
+        layer.register_full_backward_hook(backward)
+    run(model, seed)
+    assert found.keys() == set(INNER)
+    return found
+
+
+def products(passage: Passage, layer: nn.Linear, recipe: Recipe | None) -> dict[str, torch.Tensor]:
+    """The same passage in float64: output and gradients, in the formats of `recipe` or, without one, exactly."""
+    x, weight = (t.detach().double().requires_grad_() for t in (passage.x, layer.weight))
+    bias = 0 if layer.bias is None else layer.bias.detach().double()
+    flat = x.flatten(0, -2)
+    out: Any = flat @ weight.T if recipe is None else Emulated.apply(flat, weight, recipe)
+    y = out.unflatten(0, x.shape[:-1]) + bias
+    y.backward(passage.grad_y.double())
+    assert x.grad is not None and weight.grad is not None
+    return {"y": y.detach(), "grad_x": x.grad, "grad_weight": weight.grad, "grad_bias": passage.grad_y.double().sum((0, 1))}
 
 
 def run(model: Any, seed: int) -> dict[str, torch.Tensor]:
@@ -111,35 +135,27 @@ def run(model: Any, seed: int) -> dict[str, torch.Tensor]:
 
 
 def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Norm of the difference over the norm, by name."""
-    assert found.keys() == expected.keys()
-    return {name: float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
+    """Norm of the difference over the norm, by name of what was found."""
+    return {name: float((found[name] - expected[name]).norm() / expected[name].norm()) for name in found}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize(("recipe", "emulate"), [("rowwise", True), ("tensorwise", True), ("tensorwise", False)])
 def test_output_and_gradients_are_those_of_the_formats(seed: int, recipe: Recipe, emulate: bool, kind: str) -> None:
     model = built(seed, kind)  # that of qwen2 has biases
-    exact = run(copy.deepcopy(model).double(), seed)
-    expected = run(reference(model, recipe), seed)
     assert to_fp8(model, recipe, emulate, "train.precision") == INNER
-    found = run(model, seed)
-
-    off, from_exact = errors(found, expected), errors(found, exact)
-    # It is 8 bits: half a step is up to 1/16 of a value (e4m3) or 1/8 (e5m2), and a gradient passes several such products.
-    assert min(from_exact.values()) > 1e-3
-    assert max(from_exact.values()) < 0.3
-    # Where fp32 falls on the other side of a tie, one operand goes to the next step, and what follows differs by a little;
-    # other formats differ by about as much as the formats do from exact arithmetic.
-    ratios = [off[name] / from_exact[name] for name in off]
-    assert statistics.median(ratios) < 0.1
-    assert max(ratios) < 0.5
-
-
-def test_recipes_differ(seed: int) -> None:
-    model = built(seed)
-    rowwise, tensorwise = run(reference(model, "rowwise"), seed), run(reference(model, "tensorwise"), seed)
-    assert min(errors(rowwise, tensorwise).values()) > 1e-3, "the comparison above can tell them apart"
+    other: Recipe = "rowwise" if recipe == "tensorwise" else "tensorwise"
+    for name, passage in passages(model, seed).items():
+        layer = model.get_submodule(name)
+        found = {"y": passage.y, "grad_x": passage.grad_x, "grad_weight": layer.weight.grad}
+        found |= {} if layer.bias is None else {"grad_bias": layer.bias.grad}
+        off, from_exact, from_other = (errors(found, products(passage, layer, r)) for r in (recipe, None, other))
+        # A scale is rounded to fp32, by which a value beside a tie may go the other way: one of the thousands that an error is
+        # the norm of.
+        assert max(off.values()) < 5e-3, name
+        assert statistics.median(off.values()) < 1e-6, name
+        for control in (from_exact, from_other):
+            assert min(control[part] for part in ("y", "grad_x", "grad_weight")) > 0.01, name
 
 
 def test_bf16_weights_and_inputs(seed: int) -> None:
