@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .PHONY: quickstart gemma test lint faults e2e dashboards dashboards-check seeds students bench bench-head bench-trl bench-pipelines \
-	bench-planner bench-prune bench-log bench-replicas bench-loading bench-gemma-pipeline draws learn clean
+	bench-planner bench-prune bench-log bench-replicas bench-loading bench-gemma-pipeline bench-shards draws learn clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -77,6 +77,9 @@ bench-loading: $(READY)
 bench-gemma-pipeline: $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gemma]"
 	$(BIN)/python tests/bench/gemma_pipeline.py
+
+bench-shards: $(READY)
+	$(BIN)/python tests/bench/shards.py
 
 draws: $(READY)
 	$(BIN)/python tests/bench/draws.py

@@ -6,9 +6,12 @@ Exit codes: 0 ok, 1 bug, 2 job file or usage, 3 input data, 4 environment, 5 int
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 MAX_MESSAGE_CHARS = 300
+BROKEN_LINK = re.compile(r"connection|gloo|nccl|socket|broken pipe|tim(ed |e)out|recv|rendezvous", re.IGNORECASE)
+"""What torch says to the neighbours of a process that died."""
 
 
 class DistillError(Exception):

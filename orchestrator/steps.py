@@ -6,22 +6,26 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.data.prepare import identify_corpus, prepare_tokens, prepared_tokens
 from orchestrator.errors import SpecError
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
 from orchestrator.run import Run
-from orchestrator.runtime.session import check_resources
+from orchestrator.runtime.session import check_resources, replicas_that_fit
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher
+from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, Replicas, TeacherBase
+from orchestrator.spec.train import Train
 from orchestrator.store.label_log import LabelLog, Ledger, Seal
 from orchestrator.store.records import ModelFolder, TokenManifest, finished_model
 from orchestrator.student.job import Ahead, Initial, Soft, TrainingJob
 from orchestrator.tracking import names
+
+if TYPE_CHECKING:
+    from orchestrator.teacher.labeller import Labelling as Work
 
 ABORT_GRACE_S = 30.0
 
@@ -69,16 +73,24 @@ def check_models(job: Job) -> None:
 
 def check_cluster(run: Run) -> None:
     """Raise `EnvironmentFault` if the cluster could never hold what runs at the same time, or its nodes do not fit together."""
-    spec, train = run.job.teacher, run.job.train
-    pool = {"CPU": spec.replicas.min * spec.cpus_per_replica, "GPU": spec.replicas.min * spec.gpus_per_replica}
-    workers = {"CPU": train.workers * train.cpus_per_worker, "GPU": train.workers * train.gpus_per_worker}
-    check_resources({kind: pool[kind] + workers[kind] for kind in pool}, "teacher pool and student")
+    spec = run.job.teacher
+    replica, student = _replica_takes(spec), _training_takes(run.job.train)
+    who = "teacher pool" if spec.shards == 1 else f"{spec.replicas.min} x teacher.shards {spec.shards}"
+    check_resources({kind: spec.replicas.min * replica[kind] + student[kind] for kind in replica}, f"{who} and student")
     if isinstance(spec, PretrainTeacher):
-        own = spec.train
-        check_resources({"CPU": own.workers * own.cpus_per_worker, "GPU": own.workers * own.gpus_per_worker}, "teacher.train")
+        check_resources(_training_takes(spec.train), "teacher.train")
     from orchestrator.runtime.nodes import check_nodes
 
     check_nodes(run.store, run.job.storage)
+    check_nodes(run.store, run.job.storage)
+
+
+def _replica_takes(teacher: TeacherBase) -> dict[str, float]:
+    return {"CPU": teacher.cpus_per_replica, "GPU": teacher.gpus_per_replica}
+
+
+def _training_takes(train: Train) -> dict[str, float]:
+    return {"CPU": train.workers * train.cpus_per_worker, "GPU": train.workers * train.gpus_per_worker}
 
 
 def fetch_teacher(run: Run) -> ModelFolder | None:
@@ -90,6 +102,11 @@ def fetch_teacher(run: Run) -> ModelFolder | None:
 
     with run.stage("teacher", fingerprint("teacher", spec)) as stage:
         teacher = fetch_teacher(run.store, spec)
+        if spec.shards > 1:
+            from orchestrator.models.build import outline
+            from orchestrator.models.sharded import check_shards
+
+            check_shards(outline(teacher.path), spec.shards)
         stage.figures["size_bytes"] = sum(f.bytes for f in teacher.manifest.files.values())
     return teacher
 
@@ -171,7 +188,7 @@ def label(run: Run, tokens: Tokens, teacher: ModelFolder, labelling: Labelling) 
         run.display.expect("labels", len(demand))
         speed = blocked = None
         if missing:
-            speed, blocked = _label_missing(run, tokens, teacher, labelling, missing)
+            speed, blocked = _label_missing(run, tokens, teacher, labelling, missing, stage.figures)
         else:
             stage.reuse()
         seal, ledger = log.seal(demand, tokens.manifest)
@@ -180,17 +197,71 @@ def label(run: Run, tokens: Tokens, teacher: ModelFolder, labelling: Labelling) 
 
 
 def _label_missing(
-    run: Run, tokens: Tokens, teacher: ModelFolder, labelling: Labelling, missing: list[int]
+    run: Run, tokens: Tokens, teacher: ModelFolder, labelling: Labelling, missing: list[int], figures: dict[str, float]
 ) -> tuple[float, float]:
-    """Tokens per second of the pool, and the share of its time in which it waited for the student."""
+    """Tokens per second of the pool, and the share of its time in which it waited for the student.
+
+    `figures` get the seconds of each replica.
+    """
     from orchestrator.teacher.calibrate import calibrate
-    from orchestrator.teacher.labeller import Labelling as Work
+    from orchestrator.teacher.placement import Placement
     from orchestrator.teacher.pool import label_shards
+    from orchestrator.teacher.usage import Usage
+
+    spec, demand = run.job.teacher, labelling.demand
+    work, placement = _work(run, tokens, teacher, labelling), Placement(labelling.log.key, spec, run.display.say)
+    done = len(demand) - len(missing)
+    if done:
+        run.display.say(f"labels: resuming, {done}/{len(demand)} shards done")
+    calibrate(work, demand[0], placement)
+    rows = size = 0
+    usage, began = Usage(), None
+    seq_len = tokens.manifest.seq_len
+    position = {shard: i for i, shard in enumerate(demand)}
+    shards = [(shard, position[shard]) for shard in missing]
+    for receipt in label_shards(work, shards, _pool_size(run.job), placement):
+        began = began or time.time() - receipt["seconds"]
+        done, rows, size = done + 1, rows + receipt["rows"], size + receipt["bytes"]
+        lost = usage.add(receipt)
+        if lost:
+            run.warn("labels: a teacher replica was lost and replaced; its shard was labelled again")
+        number = list(usage.replicas).index(receipt["replica"])
+        metrics = {
+            names.SHARDS_COMMITTED: done,
+            names.LABEL_TOKENS_PER_S: rows * seq_len / (time.time() - began),
+            names.BYTES_PER_TOKEN: size / (rows * seq_len),
+            names.BLOCKED_FRACTION: usage.blocked_fraction,
+            names.TEACHER_REPLICAS: receipt["replicas"],
+            names.BUSY_S: usage.total.busy,
+            names.IDLE_S: usage.total.idle,
+            names.BLOCKED_S: usage.total.blocked,
+            names.LABEL_TOKENS: receipt["rows"] * seq_len,
+            names.of_replica(names.REPLICA_BUSY_S, number): receipt["seconds"],
+            names.of_replica(names.REPLICA_IDLE_S, number): receipt["idle_s"],
+            names.of_replica(names.REPLICA_BLOCKED_S, number): receipt["blocked_s"],
+            names.RESTARTS: float(lost),
+        }
+        run.record("labels", labelling.log.key, done, metrics)
+    assert began is not None
+    for number, seconds in enumerate(usage.replicas.values()):
+        figures |= {f"replica_{number}/{kind}_s": value for kind, value in asdict(seconds).items()}
+    return rows * seq_len / (time.time() - began), usage.blocked_fraction
+
+
+def _pool_size(job: Job) -> Replicas:
+    """As many replicas as were asked for, but no more than the cluster has room for beside the student."""
+    least, most = job.teacher.replicas.min, job.teacher.replicas.max
+    room = replicas_that_fit(_replica_takes(job.teacher), beside=_training_takes(job.train))
+    return Replicas(min=least, max=max(least, min(most, room)))
+
+
+def _work(run: Run, tokens: Tokens, teacher: ModelFolder, labelling: Labelling) -> Work:
+    """What the teacher's actors are told."""
+    from orchestrator.teacher.labeller import Labelling as Work
 
     spec = run.job.teacher
     behind = finished_model(run.store, labelling.student.folder) is None  # a finished student does not hold its teacher back
-    position = {shard: i for i, shard in enumerate(labelling.demand)}
-    work = Work(
+    return Work(
         store=run.store,
         data_folder=tokens.folder,
         model=teacher.address,
@@ -199,42 +270,12 @@ def _label_missing(
         labels=run.job.labels if behind else run.job.labels.model_copy(update={"run_ahead": None}),
         log_key=labelling.log.key,
         micro_batch=spec.micro_batch,
-        threads=max(1, int(spec.cpus_per_replica)),
-        gpus=spec.gpus_per_replica,
+        threads=max(1, int(spec.cpus_per_shard)),
         board=run.board,
+        shards=spec.shards,
+        cpus=spec.cpus_per_shard,
+        gpus=spec.gpus_per_shard,
     )
-    done = len(labelling.demand) - len(missing)
-    if done:
-        run.display.say(f"labels: resuming, {done}/{len(labelling.demand)} shards done")
-    calibrate(work, labelling.demand[0], spec.cpus_per_replica, spec.gpus_per_replica)
-    rows = size = 0
-    busy = idle = blocked = 0.0
-    began = None
-    replicas: dict[str, int] = {}
-    seq_len = tokens.manifest.seq_len
-    shards = [(shard, position[shard]) for shard in missing]
-    for receipt in label_shards(work, shards, spec.replicas, spec.cpus_per_replica, spec.gpus_per_replica):
-        began = began or time.time() - receipt["seconds"]
-        done, rows, size = done + 1, rows + receipt["rows"], size + receipt["bytes"]
-        busy, idle, blocked = busy + receipt["seconds"], idle + receipt["idle_s"], blocked + receipt["blocked_s"]
-        number = replicas.setdefault(receipt["replica"], len(replicas))
-        figures = {
-            names.SHARDS_COMMITTED: done,
-            names.LABEL_TOKENS_PER_S: rows * seq_len / (time.time() - began),
-            names.BYTES_PER_TOKEN: size / (rows * seq_len),
-            names.BLOCKED_FRACTION: blocked / (busy + blocked),
-            names.BUSY_S: busy,
-            names.IDLE_S: idle,
-            names.BLOCKED_S: blocked,
-            names.LABEL_TOKENS: receipt["rows"] * seq_len,
-            names.TEACHER_REPLICAS: len(replicas),
-            names.of_replica(names.REPLICA_BUSY_S, number): receipt["seconds"],
-            names.of_replica(names.REPLICA_IDLE_S, number): receipt["idle_s"],
-            names.of_replica(names.REPLICA_BLOCKED_S, number): receipt["blocked_s"],
-        }
-        run.record("labels", labelling.log.key, done, figures)
-    assert began is not None
-    return rows * seq_len / (time.time() - began), blocked / (busy + blocked)
 
 
 def train_student(run: Run, tokens: Tokens, labelling: Labelling) -> ModelFolder:

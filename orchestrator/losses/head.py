@@ -54,6 +54,10 @@ class Head:
     softcap: float | None = None
     """Logits are squashed into (-softcap, softcap) by tanh, as Gemma 2 does."""
 
+    @property
+    def vocab_size(self) -> int:
+        return len(self.weight)
+
     @torch.no_grad()
     def __call__(self, hidden: Tensor, buffers: Buffers | None = None) -> Tensor:
         """Logits [..., vocab], fp32, of `hidden` [..., width]; `buffers`, if given, take those of [n, width]."""

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from orchestrator.errors import SpecError
 from orchestrator.spec.model import Model
@@ -58,12 +59,21 @@ def draw_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
-def load_model(folder: Path, dtype: Literal["bf16", "fp32", "fp8"], on: torch.device) -> PreTrainedModel:
-    """The causal LM in `folder`, from safetensors only, ready for inference.
+def load_model(
+    folder: Path, dtype: Literal["bf16", "fp32", "fp8"], on: torch.device, distributed: DistributedConfig | None = None
+) -> PreTrainedModel:
+    """The causal LM in `folder`, from safetensors only, ready for inference; this process's share of it if `distributed`.
 
     Raises `SpecError` if its weights cannot be read or are not those of its configuration.
     """
-    kept = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    kept: dict[str, Any] = {
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    if distributed is not None:
+        kept["distributed_config"] = distributed
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **kept)
     except (ValueError, OSError, SafetensorError, RuntimeError) as error:

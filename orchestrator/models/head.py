@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ def last_hidden(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel, section: str) -> None:
-    """Raise `SpecError` if the head of `model` makes anything else of its hidden states than the model itself does."""
+def check_head(model: PreTrainedModel, section: str, head: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+    """Raise `SpecError` if `head`, or what `output_head` takes, makes other logits of hidden states than `model` itself."""
     was_training = model.training
     model.eval()  # dropout would make two calls differ
     ids = torch.arange(TRIAL_IDS, device=model.device)[None] % model.config.get_text_config().vocab_size
     own = model(input_ids=ids, use_cache=False).logits.float()[0]
-    taken = output_head(model)(last_hidden(model, ids)[0])
+    taken = (head or output_head(model))(last_hidden(model, ids)[0])
     model.train(was_training)
     rtol = 1e-4 if model.dtype == torch.float32 else 5e-2
     atol = rtol * float(own.nan_to_num().abs().max())

@@ -144,12 +144,13 @@ def _stages(job: Job) -> tuple[Stage, ...]:
     else:
         stages.insert(0, Stage("teacher", f"fetch and hash ({teacher.kind})", 0, 0))
     replicas = teacher.replicas.min
+    spread = f" of {teacher.shards} shards" if teacher.shards > 1 else ""
     if not isinstance(job.student, ConfigStudent):
         stages.append(Stage("initial", f"first weights of the student ({job.student.kind})", 1, 0))
     stages += [
         Stage(
             "labels",
-            f"{job.labels.kind}, by {replicas} to {teacher.replicas.max} teacher actors",
+            f"{job.labels.kind}, by {replicas} to {teacher.replicas.max} teacher actors" + spread,
             replicas * teacher.cpus_per_replica,
             replicas * teacher.gpus_per_replica,
         ),

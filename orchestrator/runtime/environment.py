@@ -18,6 +18,11 @@ def limit_threads(count: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if count > 1 else "false"
 
 
+def hide_gpus() -> None:
+    """Keep this process off GPUs that it did not ask for; to be called before anything touches one."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def prepare_deepspeed(on_gpu: bool) -> None:
     """Settings that DeepSpeed reads while it is imported."""
     if not on_gpu:

@@ -66,6 +66,9 @@ def quiet_ray_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # wrapped by Ray Data, it would lose its cause on the way to the driver
+    # Its detectors write to that log alone, and ask for the options of an actor that they do not start: the teacher pool would
+    # hold room for it.
+    context.issue_detectors_config.detectors = []
 
 
 def check_resources(needed: dict[str, float], what: str) -> None:
@@ -76,6 +79,14 @@ def check_resources(needed: dict[str, float], what: str) -> None:
     for kind, amount in needed.items():
         if amount > have.get(kind, 0):
             raise EnvironmentFault(f"{what} need {amount:g} {kind} at once, the cluster has {have.get(kind, 0):g}")
+
+
+def replicas_that_fit(each: dict[str, float], beside: dict[str, float]) -> int:
+    """How many times `each` (CPU, GPU) the cluster holds when `beside` is taken."""
+    import ray
+
+    have = ray.cluster_resources()
+    return min(int((have.get(kind, 0) - beside[kind]) // amount) for kind, amount in each.items() if amount)
 
 
 def _raise_on_sigterm() -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from orchestrator.spec.base import Spec
 from orchestrator.spec.data import Data, TeacherTokenizer
-from orchestrator.spec.labels import Labels, SampledLabels
+from orchestrator.spec.labels import ATTENTION_PARTS, Labels, SampledLabels
 from orchestrator.spec.model import ConfigStudent, PretrainTeacher, Student, Teacher
 from orchestrator.spec.objective import Objective, unserved
 from orchestrator.spec.train import Pipeline, Train
@@ -88,6 +88,14 @@ class Job(Spec):
             ):
                 if asked:
                     raise ValueError(f"{what}; train.parallel.kind pipeline spreads them: use zero (stage 3 for large models)")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_serve_labels(self) -> Job:
+        kept = self.labels.features.keep if self.labels.features else ()
+        split = next((feature.name for feature in kept if feature.part in ATTENTION_PARTS), None)
+        if self.teacher.shards > 1 and split:
+            raise ValueError(f"labels.features.keep: {split} is spread over teacher.shards; hidden and ffn can be kept")
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ Temperature = Annotated[float, Field(gt=0, le=1000)]
 
 Part = Literal["hidden", "ffn", "queries", "keys", "values"]
 """Of a decoder block: its output, its feed-forward output, or the vectors its attention works on."""
+ATTENTION_PARTS: tuple[Part, ...] = ("queries", "keys", "values")
 
 
 class Feature(Spec):

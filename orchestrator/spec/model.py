@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -37,9 +37,27 @@ class TeacherBase(Spec):
     dtype: Literal["bf16", "fp32"] = "bf16"
     micro_batch: int = Field(default=8, ge=1)
     """Rows in one forward pass of a teacher actor."""
+    shards: int = Field(default=1, ge=1)
+    """Processes that hold one replica together (tensor parallel); each reads only its part of the weights."""
     replicas: Replicas = Replicas()
-    cpus_per_replica: float = Field(default=1, gt=0)
-    gpus_per_replica: float = Field(default=0, ge=0)
+    cpus_per_shard: float = Field(default=1, gt=0)
+    gpus_per_shard: float = Field(default=0, ge=0)
+    placement_timeout_s: float = Field(default=600, gt=0)
+    """How long `replicas.min` replicas may wait for room on the cluster before the run gives up."""
+
+    @property
+    def cpus_per_replica(self) -> float:
+        return self.shards * self.cpus_per_shard
+
+    @property
+    def gpus_per_replica(self) -> float:
+        return self.shards * self.gpus_per_shard
+
+    @model_validator(mode="after")
+    def _a_whole_gpu_each(self) -> Self:
+        if self.shards > 1 and self.gpus_per_shard % 1:
+            raise ValueError(f"gpus_per_shard {self.gpus_per_shard:g}: shards exchange through GPUs of their own, whole ones")
+        return self
 
 
 class PretrainTeacher(TeacherBase):

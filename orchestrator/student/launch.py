@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
@@ -12,14 +11,11 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestrator.errors import ResumableError, find_user_error
+from orchestrator.errors import BROKEN_LINK, ResumableError, find_user_error
 from orchestrator.store.files import Store
 from orchestrator.store.records import ModelFolder, finished_model
 from orchestrator.student.job import TrainingJob
 from orchestrator.tracking import names
-
-BROKEN_LINK = re.compile(r"connection|gloo|nccl|socket|broken pipe|tim(ed |e)out|recv|rendezvous", re.IGNORECASE)
-"""What torch says to the neighbours of a worker that died."""
 
 
 def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str, warn: Callable[[str], None]) -> ModelFolder:

@@ -11,6 +11,7 @@ from orchestrator.models.build import model_config
 from orchestrator.models.fp8 import MIN_BLOCKS
 from orchestrator.models.hub import checkpoint_folder
 from orchestrator.models.prune import check_prunable, pruned_config
+from orchestrator.models.sharded import check_shards
 from orchestrator.models.upcycle import mixture_config
 from orchestrator.spec.job import Job
 from orchestrator.spec.model import ConfigStudent, PretrainTeacher, PrunedStudent, UpcycledStudent
@@ -29,7 +30,11 @@ def check_models(job: Job, ids: int) -> None:
     looked at.
     """
     if isinstance(job.teacher, PretrainTeacher):
-        check_strategy(model_config(job.teacher.model, ids, "teacher"), job.teacher.train, "teacher.train")
+        teacher = model_config(job.teacher.model, ids, "teacher")
+        check_strategy(teacher, job.teacher.train, "teacher.train")
+        if job.teacher.shards > 1:
+            with torch.device("meta"):
+                check_shards(AutoModelForCausalLM.from_config(teacher), job.teacher.shards)
     student = _student_config(job, ids)
     if student is not None:
         check_strategy(student, job.train, "train")

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Protocol
 
+import psutil
 import torch
 
+from orchestrator.errors import EnvironmentFault
 from orchestrator.labels.answer import Answer
-from orchestrator.models.build import device, load_model
+from orchestrator.models.build import DTYPES, device, load_model, outline
 from orchestrator.models.features import captured, feature_widths
 from orchestrator.models.head import check_head, last_hidden, output_head
+from orchestrator.models.sharded import ShardedHead, load_share
 
 
 class Teacher(Protocol):
@@ -20,17 +23,42 @@ class Teacher(Protocol):
 
 
 class TransformersBackend:
-    """A causal LM of transformers in this process."""
+    """A causal LM of transformers in this process, or this process's share of one."""
 
-    def __init__(self, folder: Path, dtype: Literal["bf16", "fp32"], features: tuple[str, ...] = (), gpus: float = 0) -> None:
-        self._model = load_model(folder, dtype, device(gpus))
-        check_head(self._model, "teacher")
+    def __init__(
+        self,
+        folder: Path,
+        dtype: Literal["bf16", "fp32"],
+        features: tuple[str, ...] = (),
+        gpus: float = 0,
+        shards: int = 1,
+    ) -> None:
+        """With `shards`, every process of the default process group must make one, and call it together from then on."""
+        on = device(gpus)
+        _check_room(folder, dtype, on, shards)
+        self._model = load_model(folder, dtype, on) if shards == 1 else load_share(folder, dtype, on)
+        head = output_head(self._model)
+        self.head = head if shards == 1 else ShardedHead(head)
+        check_head(self._model, "teacher", self.head)
         feature_widths(self._model, features, "labels.features")
         self._features = features
-        self._head = output_head(self._model)
 
     @torch.inference_mode()
     def answer(self, ids: torch.Tensor) -> Answer:
         with captured(self._model, self._features, "labels.features") as found:
             hidden = last_hidden(self._model, ids.to(self._model.device))
-        return Answer(hidden, self._head, len(self._head.weight), found)
+        return Answer(hidden, self.head, self.head.vocab_size, found)
+
+    def empty(self, shape: torch.Size) -> torch.Tensor:
+        """Room for hidden states of this teacher."""
+        return torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
+
+
+def _check_room(folder: Path, dtype: str, on: torch.device, shards: int) -> None:
+    """Raise `EnvironmentFault` if this process's share of the weights is more than there is memory where it works."""
+    need = sum(weight.numel() for weight in outline(folder).parameters()) * DTYPES[dtype].itemsize // shards
+    free = torch.cuda.mem_get_info()[0] if on.type == "cuda" else psutil.virtual_memory().available
+    if need > free:
+        raise EnvironmentFault(
+            f"teacher.shards: each of {shards} holds {need / 1e9:.1f} GB of weights, but {free / 1e9:.1f} GB are free; use more"
+        )

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ray
 import torch
 
 from orchestrator.labels.basis import BASIS, Basis, Moments, to_bytes
 from orchestrator.runtime.environment import limit_threads
-from orchestrator.spec.labels import kept_features, principal_ranks
-from orchestrator.store.files import local_folder
+from orchestrator.spec.labels import principal_ranks
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import MANIFEST, TokenManifest
 from orchestrator.store.shards import read_tokens
-from orchestrator.teacher.backend import TransformersBackend
+from orchestrator.teacher.gang import make_teacher
 from orchestrator.teacher.labeller import Labelling
+from orchestrator.teacher.placement import Placement
 
 
-def calibrate(work: Labelling, shard: int, cpus: float, gpus: float) -> None:
+def calibrate(work: Labelling, shard: int, placement: Placement) -> None:
     """Fit what `work.labels` need on token shard `shard`, and keep it in the log; nothing to do if it is there.
 
     The first basis that is kept stays: labels made from it must be read with it.
     """
     if principal_ranks(work.labels) and LabelLog(work.store, work.log_key).kept(BASIS) is None:
-        ray.get(_fit_task.options(num_cpus=cpus, num_gpus=gpus).remote(work, shard))
+        with placement:
+            placement.reserve(1)
+            actor: Any = _Calibrator.options(**placement.options()).remote()
+            ray.get(actor.fit.remote(work, shard))
 
 
-@ray.remote
-def _fit_task(work: Labelling, shard: int) -> None:
+@ray.remote(max_restarts=3, max_task_retries=3)
+class _Calibrator:
+    """An actor, as whoever leads a gang must be."""
+
+    def fit(self, work: Labelling, shard: int) -> None:
+        _fit(work, shard)
+
+
+def _fit(work: Labelling, shard: int) -> None:
     limit_threads(work.threads)
     torch.set_num_threads(work.threads)
     manifest = TokenManifest.load(work.store, f"{work.data_folder}/{MANIFEST}")
     assert manifest is not None
     ids = torch.from_numpy(read_tokens(work.store, f"{work.data_folder}/train", manifest.train[shard]).ids[:, :-1]).long()
-    teacher = TransformersBackend(local_folder(work.model), work.dtype, kept_features(work.labels), work.gpus)
+    teacher = make_teacher(work)
     moments: dict[str, Moments] = {}
     ranks = principal_ranks(work.labels)
     for part in ids.split(work.micro_batch):

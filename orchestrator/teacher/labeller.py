@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,12 +17,13 @@ from orchestrator.labels.codec import Codec
 from orchestrator.labels.layout import Arrays, Columns, Frame, join
 from orchestrator.runtime.board import STUDENT_SHARDS
 from orchestrator.runtime.environment import limit_threads
-from orchestrator.spec.labels import Labels, kept_features
-from orchestrator.store.files import Store, local_folder
+from orchestrator.spec.labels import Labels
+from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import MANIFEST, TokenManifest
 from orchestrator.store.shards import TokenShard, read_tokens
-from orchestrator.teacher.backend import Teacher, TransformersBackend
+from orchestrator.teacher.gang import make_teacher
+from orchestrator.teacher.placement import leave_placement
 
 WAIT_S = 0.2
 
@@ -39,8 +42,14 @@ class Labelling:
     log_key: str
     micro_batch: int
     threads: int
-    gpus: float
+    """Of each shard."""
     board: Any
+    shards: int = 1
+    cpus: float = 1
+    """Of each shard, as Ray counts; and so are GPUs."""
+    gpus: float = 0
+    patience_s: float = 60
+    """A shard that shows no sign of life for so long is lost."""
 
 
 class Labeller:
@@ -60,14 +69,13 @@ class Labeller:
         except DistillError as error:
             self._refusal = error  # Ray keeps but the text of what a constructor raises; the first call can raise it whole
         self._idle_since = time.perf_counter()
+        weakref.finalize(self, leave_placement)
 
     def _start(self) -> None:
         work = self._work
         frame = Frame(work.vocab_size, self._manifest.seq_len, bases=bases_of(self._log))
         self._codec = Codec(work.labels, frame)
-        self._teacher: Teacher = TransformersBackend(
-            local_folder(work.model), work.dtype, kept_features(work.labels), work.gpus
-        )
+        self._teacher = make_teacher(work)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self._refusal is not None:
@@ -77,7 +85,7 @@ class Labeller:
 
     def label(self, shard: int, position: int) -> dict[str, Any]:
         """Label and commit token shard `shard`, the `position`-th of the demand; returns its receipt."""
-        idle_s = time.perf_counter() - self._idle_since
+        began_s, idle_s = time.time(), time.perf_counter() - self._idle_since
         blocked_s = self._wait_for_student(position)
         started = time.perf_counter()
         record = self._manifest.train[shard]
@@ -91,7 +99,9 @@ class Labeller:
             "seconds": self._idle_since - started,
             "blocked_s": blocked_s,
             "idle_s": idle_s,
+            "began_s": began_s,
             "replica": ray.get_runtime_context().get_actor_id(),
+            "process": os.getpid(),
         }
 
     def encode(self, shard: int, tokens: TokenShard) -> Columns:

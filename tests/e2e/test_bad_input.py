@@ -171,7 +171,9 @@ def wrong(good: Json, teacher: Path, folder: Path) -> dict[str, Case]:
     matched = good["objective"] | {"features": [{"kind": "mse", "weight": 1.0}]}
     unkept = {"labels": keeping({"layer": 1, "part": "values"}), "objective": matched}
     config = {"type": "llama", "config": tiny_model(1)["config"] | {"vocab_size": 600}}
-    huge = good["teacher"] | {"cpus_per_replica": 64}
+    huge = good["teacher"] | {"cpus_per_shard": 64}
+    spread = good["teacher"] | {"shards": 64}
+    uneven = good["teacher"] | {"shards": 3, "cpus_per_shard": 0.25}
     return {
         "missing": Case(DATA, ("data.source", "nowhere.txt"), text(folder / "nowhere.txt")),
         "empty": Case(DATA, ("data.source",), text(folder / "empty.txt")),
@@ -179,6 +181,8 @@ def wrong(good: Json, teacher: Path, folder: Path) -> dict[str, Case]:
         "no-tokenizer": Case(SPEC, ("teacher.path", "tokenizer.json"), {"teacher": good["teacher"] | {"path": str(bare)}}),
         "vocabulary": Case(SPEC, ("vocab_size", "600", "300"), {"student": {"kind": "config", "model": config}}),
         "resources": Case(ENVIRONMENT, ("65 CPU", "has 2"), {"teacher": huge}),
+        "shards": Case(ENVIRONMENT, ("teacher.shards 64", "65 CPU", "has 2"), {"teacher": spread}),
+        "heads": Case(SPEC, ("teacher.shards", "3", "2 attention heads"), {"teacher": uneven}),
         "nan": Case(DATA, ("shard", "finite"), {"teacher": good["teacher"] | {"path": str(nan)}}),
         "k": Case(SPEC, ("labels.k", "400", "300"), {"labels": {"kind": "topk", "k": 400}}),
         "no-layer": Case(SPEC, ("labels.features", "hidden.9"), {"labels": keeping({"layer": 9})}),
@@ -186,7 +190,10 @@ def wrong(good: Json, teacher: Path, folder: Path) -> dict[str, Case]:
     }
 
 
-CASES = ("missing", "empty", "undecodable", "no-tokenizer", "vocabulary", "resources", "nan", "k", "no-layer", "not-kept")
+CASES = (
+    *("missing", "empty", "undecodable", "no-tokenizer", "vocabulary", "resources", "shards", "heads"),
+    *("nan", "k", "no-layer", "not-kept"),
+)
 
 
 @pytest.fixture(scope="module")

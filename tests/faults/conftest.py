@@ -6,17 +6,20 @@ import pytest
 
 from tests.tiny import Reference, make_reference
 
-TRIALS, SEED = 3, 0
+TRIALS, SHARD_TRIALS, SEED = 3, 1, 0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--trials", type=int, default=TRIALS, help="Runs to kill; the default has one of each kind.")
+    parser.addoption(
+        "--trials", type=int, help=f"Runs to disturb in each test; {TRIALS} and {SHARD_TRIALS} (shards) by default."
+    )
     parser.addoption("--fault-seed", type=int, default=SEED, help="Decides what is killed and when.")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "trial" in metafunc.fixturenames:  # the options exist only where pytest is pointed at this folder
-        metafunc.parametrize("trial", range(metafunc.config.getoption("--trials", TRIALS)))
+    for name, trials in {"trial": TRIALS, "shard_trial": SHARD_TRIALS}.items():
+        if name in metafunc.fixturenames:  # the options exist only where pytest is pointed at this folder
+            metafunc.parametrize(name, range(metafunc.config.getoption("--trials", None) or trials))
 
 
 @pytest.fixture(scope="session")

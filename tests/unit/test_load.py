@@ -178,6 +178,11 @@ MISTAKES = {
     "name: a\nteacher:\n  train:\n    steps: x": 'jobs/x.yaml:4: teacher.train.steps: must be a whole number, got "x"',
     "name: a\nteacher: {replicas: {min: 3}}": "jobs/x.yaml:2: teacher.replicas: min 3 is above max 1",
     "name: a\nteacher: {kind: gguf}": "jobs/x.yaml:2: teacher: give either file or package",
+    "name: a\nteacher: {cpus_per_replica: 2}": "cpus_per_replica: unknown key for kind pretrain, did you mean cpus_per_",
+    "name: a\nteacher: {shards: 2, gpus_per_shard: 0.5}": "jobs/x.yaml:2: teacher: gpus_per_shard 0.5: shards exchange through",
+    "name: a\nteacher: {shards: 2}\nlabels: {features: {keep: [{layer: 1}, {layer: 2, part: keys}]}}": (
+        "labels.features.keep: keys.2 is spread over teacher.shards; hidden and ffn can be kept"
+    ),
     "name: a\ntrain:\n  steps: 50\n  workers: 3": ("jobs/x.yaml:4: train: global_batch 16 does not divide among 3 workers"),
     "name: a\nobjective:\n  temperature: 3": ("jobs/x.yaml:3: objective.temperature 3.0 is not in labels.temperatures [1.0]"),
     f"name: a\n{'x' * 300}: 1": f"jobs/x.yaml:2: {'x' * 39}…: unknown key",

@@ -301,9 +301,10 @@ def test_a_plan_without_a_known_vocabulary() -> None:
 
 def test_a_local_ray_gets_the_slots_that_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    teacher = PretrainTeacher(cpus_per_replica=0.5, train=Train(workers=2))
+    teacher = PretrainTeacher(cpus_per_shard=0.5, train=Train(workers=2))
     assert plan_of(teacher=teacher, train=Train(workers=4)).cpu_slots == 5
     assert plan_of(teacher=PretrainTeacher(train=Train(workers=8))).cpu_slots == 8
+    assert plan_of(teacher=PretrainTeacher(shards=4), train=Train(workers=2)).cpu_slots == 6
     assert plan_of(cluster={"num_cpus": 3}).cpu_slots == 3
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     assert plan_of().cpu_slots == 64

@@ -1,0 +1,198 @@
+"""One teacher replica on several processes, the shards of its model.
+
+The first shard leads: it is the pool's actor, holds the labelling code and starts the others, which end with it. For every pass
+it tells them what to run and runs it too; the model's own collectives do the rest. Beside whatever they compute, the leader and
+every other shard keep in touch over a socket. A gang is lost as a whole: the leader ends itself when it misses another shard,
+Ray starts it again in its place, it starts new shards and is given its work again. A leader that stands still is ended by
+the second shard.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayError, RayTaskError
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from orchestrator.errors import BROKEN_LINK
+from orchestrator.labels.answer import Answer
+from orchestrator.runtime.environment import hide_gpus, limit_threads
+from orchestrator.spec.labels import kept_features
+from orchestrator.store.files import local_folder
+from orchestrator.teacher.backend import Teacher, TransformersBackend
+from orchestrator.teacher.placement import in_bundle
+
+if TYPE_CHECKING:
+    from orchestrator.teacher.labeller import Labelling
+
+BEAT_S = 1.0
+START_S = 600.0
+"""For all shards to be up: starting a process and reading weights take long on a busy machine."""
+LOST = 17
+"""Exit code of a process that has lost its gang; any but 0 is a crash to Ray."""
+BLAME_S = 5.0
+"""How long a leader waits to hear why another shard failed."""
+
+
+def make_teacher(work: Labelling) -> Teacher:
+    """The teacher of `work`: in this process, or led by it."""
+    if work.shards > 1:
+        return Gang(work)
+    return TransformersBackend(local_folder(work.model), work.dtype, kept_features(work.labels), work.gpus)
+
+
+class Gang:
+    """A teacher on the processes of this actor's placement group."""
+
+    def __init__(self, work: Labelling) -> None:
+        group, host = ray.util.get_current_placement_group(), ray.util.get_node_ip_address()
+        door = socket.create_server((host, 0))
+        door.settimeout(START_S)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=START_S))
+        leader = ray.get_runtime_context().current_actor
+        assert group is not None
+        self._others: list[Any] = [
+            TeacherShard.options(**in_bundle(group, shard, work.cpus, work.gpus)).remote(
+                work, shard, (host, door.getsockname()[1]), leader if shard == 1 else None
+            )
+            for shard in range(1, work.shards)
+        ]
+        try:
+            ray.get([other.__ray_ready__.remote() for other in self._others], timeout=START_S)
+        except RayError:
+            os._exit(LOST)
+        closing = threading.Event()  # set before the other shards are let go of
+        weakref.finalize(self, closing.set)
+        for _ in self._others:
+            _watch(door.accept()[0], work.patience_s, partial(_leave, closing))
+        self._backend = self._together("load", host, store.port, own=partial(_join, work, 0, store))
+
+    def answer(self, ids: torch.Tensor) -> Answer:
+        answer = self._together("answer", ids, own=partial(self._backend.answer, ids))
+        return replace(answer, head=self._logits)
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        return self._together("logits", states.shape, own=partial(self._backend.head, states))
+
+    def _together(self, method: str, *args: Any, own: Callable[[], Any]) -> Any:
+        """What `own` returns, while the other shards run `method`."""
+        calls = [getattr(other, method).remote(*args) for other in self._others]
+        try:
+            with _breaking_the_link():
+                return own()
+        except Exception as error:
+            raise _cause(error, calls) from None
+
+
+@ray.remote
+class TeacherShard:
+    """Any shard of a gang but the first."""
+
+    def __init__(self, work: Labelling, shard: int, contact: tuple[str, int], leader: Any) -> None:
+        limit_threads(work.threads)
+        torch.set_num_threads(work.threads)
+        self._work, self._shard = work, shard
+        self._backend: TransformersBackend
+        _watch(socket.create_connection(contact, START_S), work.patience_s, partial(_follow, leader))
+
+    def load(self, host: str, port: int) -> None:
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=START_S))
+        with _breaking_the_link():
+            self._backend = _join(self._work, self._shard, store)
+
+    def answer(self, ids: torch.Tensor) -> None:
+        with _breaking_the_link():
+            self._backend.answer(ids)
+
+    def logits(self, shape: torch.Size) -> None:
+        with _breaking_the_link():
+            self._backend.head(self._backend.empty(shape))
+
+
+def _join(work: Labelling, shard: int, store: Store) -> TransformersBackend:
+    if not work.gpus:
+        hide_gpus()  # transformers would put a share wherever there is one
+    dist.init_process_group("nccl" if work.gpus else "gloo", store=store, rank=shard, world_size=work.shards)
+    return TransformersBackend(local_folder(work.model), work.dtype, kept_features(work.labels), work.gpus, work.shards)
+
+
+@contextmanager
+def _breaking_the_link() -> Iterator[None]:
+    """Leave the process group on an error, so that no other process waits for this one."""
+    try:
+        yield
+    except BaseException:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
+
+
+def _watch(contact: socket.socket, patience_s: float, lost: Callable[[bool], Any]) -> None:
+    """Exchange a byte a second with the other end of `contact` in the background.
+
+    Calls `lost(False)` when that process is gone, and `lost(True)` when it has been silent for `patience_s`.
+    """
+    contact.settimeout(patience_s)
+
+    def keep() -> None:
+        silent = False
+        try:
+            while True:
+                contact.sendall(b".")
+                if not contact.recv(64):
+                    break
+                time.sleep(BEAT_S)
+        except TimeoutError:
+            silent = True
+        except OSError:
+            pass
+        lost(silent)
+
+    threading.Thread(target=keep, name="contact", daemon=True).start()
+
+
+def _leave(closing: threading.Event, silent: bool) -> None:
+    """End this process as a crash would, so that Ray starts it again; unless it is letting its gang go."""
+    if not closing.is_set():
+        os._exit(LOST)
+
+
+def _follow(leader: Any, silent: bool) -> None:
+    """End with the leader; one that merely stands still is ended first."""
+    if silent and leader is not None:
+        ray.kill(leader, no_restart=False)
+        time.sleep(BLAME_S)  # let it reach Ray
+    os._exit(LOST)
+
+
+def _cause(error: Exception, calls: list[Any]) -> BaseException:
+    """What went wrong in a gang of which this process saw `error`; if another process is gone or hangs, this one ends too."""
+    ended, hanging = ray.wait(calls, num_returns=len(calls), timeout=BLAME_S)
+    raised = [other for call in ended if (other := _raised(call)) is not None]
+    if hanging or any(isinstance(other, RayError) for other in raised):
+        os._exit(LOST)
+    return next((e for e in (error, *raised) if not BROKEN_LINK.search(str(e))), error)
+
+
+def _raised(call: Any) -> BaseException | None:
+    """What `call` raised there, or an error of Ray's own if its process is gone."""
+    try:
+        ray.get(call)
+    except RayTaskError as error:
+        return error.cause
+    except RayError as error:
+        return error
+    return None
