@@ -17,7 +17,7 @@ from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
 from orchestrator.run import Run
 from orchestrator.runtime.session import check_resources, replicas_that_fit
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, Replicas, TeacherBase
+from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, Replicas, TeacherBase, vllm_of
 from orchestrator.spec.train import Train
 from orchestrator.store.label_log import LabelLog, Ledger, Seal
 from orchestrator.store.records import ModelFolder, TokenManifest, finished_model
@@ -161,7 +161,8 @@ def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | I
     """The log that holds exactly this teacher's labels of these tokens, and the demand of this student on it."""
     job, vocab = run.job, teacher.manifest.vocab_size
     labels = job.labels.model_dump(mode="json", exclude={"run_ahead"})
-    teacher_identity = {"content": teacher.manifest.content, "dtype": job.teacher.dtype}
+    arithmetic = "vllm" if vllm_of(job.teacher) else job.teacher.dtype
+    teacher_identity = {"content": teacher.manifest.content, "dtype": arithmetic}
     shape = {"seq_len": tokens.manifest.seq_len, "vocab_size": vocab}
     identity = {"teacher": teacher_identity, "tokens": tokens.manifest.content, "labels": labels, "shape": shape}
     log = LabelLog.open(run.store, identity)
@@ -275,6 +276,7 @@ def _work(run: Run, tokens: Tokens, teacher: ModelFolder, labelling: Labelling) 
         shards=spec.shards,
         cpus=spec.cpus_per_shard,
         gpus=spec.gpus_per_shard,
+        vllm=vllm_of(spec),
     )
 
 

@@ -42,6 +42,11 @@ def tracking_uri() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
+def vllm_key() -> str | None:
+    """What a vLLM server that was started with --api-key wants to be told."""
+    return os.environ.get("VLLM_API_KEY") or None
+
+
 def prepare_ray(local: bool) -> None:
     """Settings that Ray reads while it is imported or started; a Ray that is `local` gets a token if there is none.
 

@@ -9,8 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from orchestrator.spec.base import Spec
 from orchestrator.spec.data import Data, TeacherTokenizer
-from orchestrator.spec.labels import ATTENTION_PARTS, Labels, SampledLabels
-from orchestrator.spec.model import ConfigStudent, PretrainTeacher, Student, Teacher
+from orchestrator.spec.labels import ATTENTION_PARTS, Labels, SampledLabels, TopkLabels
+from orchestrator.spec.model import ConfigStudent, PretrainTeacher, Student, Teacher, vllm_of
 from orchestrator.spec.objective import Objective, unserved
 from orchestrator.spec.train import Pipeline, Train
 
@@ -96,6 +96,15 @@ class Job(Spec):
         split = next((feature.name for feature in kept if feature.part in ATTENTION_PARTS), None)
         if self.teacher.shards > 1 and split:
             raise ValueError(f"labels.features.keep: {split} is spread over teacher.shards; hidden and ffn can be kept")
+        return self
+
+    @model_validator(mode="after")
+    def _a_server_tells_the_top(self) -> Job:
+        if vllm_of(self.teacher):
+            if not isinstance(self.labels, TopkLabels) or self.labels.temperatures != (1.0,) or self.labels.features:
+                raise ValueError("labels: teacher.vllm tells top ids alone: kind topk, temperatures [1.0], no features")
+            if self.teacher.shards > 1:
+                raise ValueError("teacher.shards: teacher.vllm spreads its model itself (--tensor-parallel-size)")
         return self
 
     @model_validator(mode="after")

@@ -78,12 +78,23 @@ class PretrainTeacher(TeacherBase):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
+class VllmServer(Spec):
+    """A server of vLLM that serves the teacher; its key, if it wants one, is taken from VLLM_API_KEY."""
+
+    url: str = Field(pattern=r"^https?://[^/@]+/?$")
+    """As in http://host:8000."""
+    model: str | None = None
+    """Name it is served under; null: that of the server's first model."""
+
+
 class TransformersTeacher(TeacherBase):
     """A Hugging Face causal LM: a local folder or a hub name."""
 
     kind: Literal["transformers"]
     path: str
     revision: str | None = None
+    vllm: VllmServer | None = None
+    """Serves the same model and labels in its stead; tokenizer, identity and evaluation are those of `path`."""
 
 
 class GgufTeacher(TeacherBase):
@@ -99,6 +110,11 @@ class GgufTeacher(TeacherBase):
         if (self.file is None) == (self.package is None):
             raise ValueError("give either file or package")
         return self
+
+
+def vllm_of(teacher: TeacherBase) -> VllmServer | None:
+    """The server that labels in place of `teacher`, if there is one."""
+    return teacher.vllm if isinstance(teacher, TransformersTeacher) else None
 
 
 Teacher = Annotated[PretrainTeacher | TransformersTeacher | GgufTeacher, Field(discriminator="kind")]

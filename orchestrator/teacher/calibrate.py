@@ -13,8 +13,8 @@ from orchestrator.spec.labels import principal_ranks
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import MANIFEST, TokenManifest
 from orchestrator.store.shards import read_tokens
-from orchestrator.teacher.gang import make_teacher
 from orchestrator.teacher.labeller import Labelling
+from orchestrator.teacher.make import make_teacher
 from orchestrator.teacher.placement import Placement
 
 

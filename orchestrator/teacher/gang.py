@@ -32,7 +32,7 @@ from orchestrator.labels.answer import Answer
 from orchestrator.runtime.environment import hide_gpus, limit_threads
 from orchestrator.spec.labels import kept_features
 from orchestrator.store.files import local_folder
-from orchestrator.teacher.backend import Teacher, TransformersBackend
+from orchestrator.teacher.backend import TransformersBackend
 from orchestrator.teacher.placement import in_bundle
 
 if TYPE_CHECKING:
@@ -45,13 +45,6 @@ LOST = 17
 """Exit code of a process that has lost its gang; any but 0 is a crash to Ray."""
 BLAME_S = 5.0
 """How long a leader waits to hear why another shard failed."""
-
-
-def make_teacher(work: Labelling) -> Teacher:
-    """The teacher of `work`: in this process, or led by it."""
-    if work.shards > 1:
-        return Gang(work)
-    return TransformersBackend(local_folder(work.model), work.dtype, kept_features(work.labels), work.gpus)
 
 
 class Gang:

@@ -18,11 +18,12 @@ from orchestrator.labels.layout import Arrays, Columns, Frame, join
 from orchestrator.runtime.board import STUDENT_SHARDS
 from orchestrator.runtime.environment import limit_threads
 from orchestrator.spec.labels import Labels
+from orchestrator.spec.model import VllmServer
 from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import MANIFEST, TokenManifest
 from orchestrator.store.shards import TokenShard, read_tokens
-from orchestrator.teacher.gang import make_teacher
+from orchestrator.teacher.make import make_teacher
 from orchestrator.teacher.placement import leave_placement
 
 WAIT_S = 0.2
@@ -50,6 +51,8 @@ class Labelling:
     gpus: float = 0
     patience_s: float = 60
     """A shard that shows no sign of life for so long is lost."""
+    vllm: VllmServer | None = None
+    """Answers instead."""
 
 
 class Labeller:

@@ -21,8 +21,8 @@ from orchestrator.spec.labels import SampledLabels
 from orchestrator.spec.model import Model, TeacherBase
 from orchestrator.store.files import open_store
 from orchestrator.teacher import placement
-from orchestrator.teacher.gang import make_teacher
 from orchestrator.teacher.labeller import Labelling
+from orchestrator.teacher.make import make_teacher
 from orchestrator.teacher.pace import ASK_EVERY_S, Pace
 from orchestrator.teacher.placement import Placement
 from orchestrator.teacher.usage import Seconds, Usage

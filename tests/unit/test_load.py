@@ -179,6 +179,10 @@ MISTAKES = {
     "name: a\nteacher: {replicas: {min: 3}}": "jobs/x.yaml:2: teacher.replicas: min 3 is above max 1",
     "name: a\nteacher: {kind: gguf}": "jobs/x.yaml:2: teacher: give either file or package",
     "name: a\nteacher: {cpus_per_replica: 2}": "cpus_per_replica: unknown key for kind pretrain, did you mean cpus_per_",
+    "name: a\ndata: {tokenizer: {kind: teacher}}\nteacher: {kind: transformers, path: x, vllm: {url: 'http://h:8000'}}": (
+        "labels: teacher.vllm tells top ids alone: kind topk, temperatures [1.0], no features"
+    ),
+    "name: a\nteacher: {kind: transformers, path: x, vllm: {url: 'http://u:p@h:8000'}}": "jobs/x.yaml:2: teacher.vllm.url",
     "name: a\nteacher: {shards: 2, gpus_per_shard: 0.5}": "jobs/x.yaml:2: teacher: gpus_per_shard 0.5: shards exchange through",
     "name: a\nteacher: {shards: 2}\nlabels: {features: {keep: [{layer: 1}, {layer: 2, part: keys}]}}": (
         "labels.features.keep: keys.2 is spread over teacher.shards; hidden and ffn can be kept"

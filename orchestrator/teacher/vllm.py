@@ -1,0 +1,91 @@
+"""A teacher behind vLLM's OpenAI-compatible server, which runs where and in which environment it likes.
+
+Of every position the server tells the k most likely ids (`prompt_logprobs`), no more: enough for top-k labels at temperature 1
+with their exact tail mass. Tested on replies of the documented form; no server on a GPU was at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import requests
+import torch
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+from orchestrator.errors import DataError, EnvironmentFault, SpecError
+from orchestrator.labels.answer import Answer
+from orchestrator.runtime.environment import vllm_key
+from orchestrator.spec.model import VllmServer
+
+TRIES = Retry(total=8, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504), allowed_methods=None, raise_on_status=False)
+"""Waits of 0.5 to 64 seconds: a server that is started again is back by then."""
+TIMEOUT_S = 600.0
+ANY_ID = 0
+"""Ends every prompt, because what is said about the place after the last id is said about one that stands there."""
+BELOW_TOP = 1e-3
+"""Nats by which ids that were not named stay under those that were, whatever rounding says."""
+
+
+class VllmBackend:
+    """A model that a vLLM server serves; safe to use from one thread, asks for all rows at once."""
+
+    def __init__(self, server: VllmServer, k: int, vocab_size: int) -> None:
+        """Raises `SpecError` where the server does not serve what is needed, `EnvironmentFault` where it does not answer."""
+        self._url, self._k, self._vocab_size = server.url.rstrip("/"), k, vocab_size
+        self._session = requests.Session()
+        self._session.mount(self._url, HTTPAdapter(pool_maxsize=64, max_retries=TRIES))
+        key = vllm_key()
+        if key:
+            self._session.headers["Authorization"] = f"Bearer {key}"
+        served = [model["id"] for model in self._call("GET", "/v1/models")["data"]]
+        self._model = server.model or served[0]
+        if self._model not in served:
+            raise SpecError(f"teacher.vllm.model: {self._url} serves {', '.join(served)}, not {self._model}")
+        self._ask([ANY_ID])  # so that a limit shows before the work starts
+
+    def answer(self, ids: torch.Tensor) -> Answer:
+        with ThreadPoolExecutor(len(ids)) as threads:
+            rows = list(threads.map(self._ask, ids.tolist()))
+        return Answer(torch.stack(rows), self._spread, self._vocab_size)
+
+    def _ask(self, ids: list[int]) -> torch.Tensor:
+        """The k most likely ids after each of `ids`, and their log-probabilities, side by side [seq, 2 k]."""
+        asked = {"prompt": [*ids, ANY_ID], "prompt_logprobs": self._k, "max_tokens": 1, "temperature": 0}
+        reply = self._call("POST", "/v1/completions", {"model": self._model} | asked)
+        places: list[dict[str, Any] | None] = reply["choices"][0].get("prompt_logprobs") or []
+        if len(places) != len(ids) + 1:
+            raise DataError(f"teacher.vllm: {self._url} said something about {len(places)} of {len(ids) + 1} places of a row")
+        return torch.stack([self._top(place or {}) for place in places[1:]])
+
+    def _top(self, place: dict[str, Any]) -> torch.Tensor:
+        # The id that stands there is named too, however unlikely it is.
+        named = sorted(((entry["logprob"], int(id)) for id, entry in place.items()), reverse=True)[: self._k]
+        if len(named) < self._k or any(id >= self._vocab_size for _, id in named):
+            ids = "fewer ids" if len(named) < self._k else f"ids beyond the vocabulary of {self._vocab_size}"
+            raise DataError(f"teacher.vllm: {self._url} named {ids} where {self._k} were asked for")
+        log_probs, top = zip(*named, strict=True)
+        return torch.tensor([*top, *log_probs], dtype=torch.float64)
+
+    def _spread(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [n, vocab]: what was said [n, 2 k], and what is left over spread evenly."""
+        top, log_probs = states.chunk(2, -1)
+        left = (-torch.expm1(log_probs.logsumexp(-1, keepdim=True))).clamp_min(torch.finfo(torch.float64).tiny)
+        each = left.log() - math.log(max(1, self._vocab_size - self._k))
+        each = torch.minimum(each, log_probs[:, -1:] - BELOW_TOP)
+        return each.repeat(1, self._vocab_size).scatter(1, top.long(), log_probs).float()
+
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
+        try:
+            reply = self._session.request(method, self._url + path, json=body, timeout=TIMEOUT_S)
+        except requests.RequestException as error:
+            raise EnvironmentFault(f"teacher.vllm.url: {self._url} does not answer ({type(error).__name__})") from error
+        if reply.ok:
+            return reply.json()
+        said = " ".join(reply.text.split())[:160]
+        if "max allowed" in said:
+            raise SpecError(f"labels.k: more than {self._url} tells; start it with --max-logprobs {self._k}: {said}")
+        fault = SpecError if reply.status_code in (400, 404, 422) else EnvironmentFault
+        raise fault(f"teacher.vllm: {self._url} answered {reply.status_code}: {said}")
