@@ -25,8 +25,9 @@ lint: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
 
+# A file's tests stay together: they share what a run left behind.
 test: lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 e2e: $(READY)
 	$(BIN)/python -m pytest -m cluster tests/e2e

@@ -19,7 +19,8 @@ from orchestrator.spec.data import Data, TextSource, TrainTokenizer
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import TokenManifest
 
-SEED = int(os.environ.get("DISTILL_TEST_SEED") or secrets.randbelow(2**31))
+SEED = int(os.environ.setdefault("DISTILL_TEST_SEED", str(secrets.randbelow(2**31))))
+"""The same in all processes that share out the tests: they inherit it."""
 
 settings.register_profile(
     "shared", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
