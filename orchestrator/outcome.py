@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.labelling import Labelled
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.run import Run
 from orchestrator.runtime.versions import versions
-from orchestrator.steps import Labelled, Tokens
-from orchestrator.store.records import ModelFolder
+from orchestrator.store.records import ModelFolder, Tokens
 
 if TYPE_CHECKING:
     from orchestrator.evaluate.measure import Measured

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator import outcome, steps
+from orchestrator import labelling, outcome, steps
 from orchestrator.display import Display
 from orchestrator.plan.make import Plan
 from orchestrator.run import open_run
@@ -23,11 +23,11 @@ def run(plan: Plan, display: Display | None = None) -> dict[str, Any]:
         tokens = steps.tokenize(run, teacher)
         teacher = teacher or steps.pretrain_teacher(run, tokens)
         start = steps.prepare_student(run, tokens, teacher)
-        labelling = steps.open_labels(run, tokens, teacher, start)
+        demand = labelling.open_labels(run, tokens, teacher, start)
         with steps.side_by_side(run) as work:
-            labels = work.start(steps.label, run, tokens, teacher, labelling)
-            student = work.start(steps.train_student, run, tokens, labelling)
-            baseline = work.start(steps.train_baseline, run, tokens, labelling, after=labels)
+            labels = work.start(labelling.label, run, tokens, teacher, demand)
+            student = work.start(steps.train_student, run, tokens, demand.student)
+            baseline = work.start(steps.train_baseline, run, tokens, demand.student, after=labels)
         measured = outcome.evaluate(run, tokens, teacher, student.result(), baseline.result())
         report = outcome.compose(run, tokens, labels.result(), student.result(), measured)
         outcome.export(run, student.result(), report)

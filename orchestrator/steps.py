@@ -1,67 +1,30 @@
-"""The steps of a run: each takes what the ones before it left, asks one stage for its work, and keeps the books."""
+"""The steps of a run: each takes what the ones before it left, asks one stage for its work, and keeps the books.
+
+Labelling has a module of its own (labelling.py), and so has what comes after training (outcome.py).
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.data.prepare import identify_corpus, prepare_tokens, prepared_tokens
 from orchestrator.errors import SpecError
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
+from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.run import Run
-from orchestrator.runtime.session import check_resources, replicas_that_fit
+from orchestrator.runtime.session import check_resources
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, Replicas, TeacherBase, vllm_of
-from orchestrator.spec.train import Train
-from orchestrator.store.label_log import LabelLog, Ledger, Seal
-from orchestrator.store.records import ModelFolder, TokenManifest, finished_model
-from orchestrator.student.job import Ahead, Initial, Soft, TrainingJob
-from orchestrator.tracking import names
-
-if TYPE_CHECKING:
-    from orchestrator.teacher.labeller import Labelling as Work
+from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher
+from orchestrator.store.records import ModelFolder, Tokens, finished_model
+from orchestrator.student.job import Initial, TrainingJob
 
 ABORT_GRACE_S = 30.0
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Token shards, and where they lie."""
-
-    folder: str
-    manifest: TokenManifest
-
-    @property
-    def tokenizer(self) -> str:
-        return f"{self.folder}/tokenizer"
-
-
-@dataclass(frozen=True)
-class Labelling:
-    """The label log and what training demands of it."""
-
-    log: LabelLog
-    student: TrainingJob
-    demand: list[int]
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A demand that is met."""
-
-    seal: Seal
-    ledger: Ledger
-    reused_shards: int
-    tokens_per_s: float | None
-    """Of all teacher actors together; None if nothing was left to label."""
-    blocked_fraction: float | None
-    """Share of the teacher's time spent waiting for the student."""
 
 
 def check_models(job: Job) -> None:
@@ -74,23 +37,14 @@ def check_models(job: Job) -> None:
 def check_cluster(run: Run) -> None:
     """Raise `EnvironmentFault` if the cluster could never hold what runs at the same time, or its nodes do not fit together."""
     spec = run.job.teacher
-    replica, student = _replica_takes(spec), _training_takes(run.job.train)
+    replica, student = replica_takes(spec), training_takes(run.job.train)
     who = "teacher pool" if spec.shards == 1 else f"{spec.replicas.min} x teacher.shards {spec.shards}"
     check_resources({kind: spec.replicas.min * replica[kind] + student[kind] for kind in replica}, f"{who} and student")
     if isinstance(spec, PretrainTeacher):
-        check_resources(_training_takes(spec.train), "teacher.train")
+        check_resources(training_takes(spec.train), "teacher.train")
     from orchestrator.runtime.nodes import check_nodes
 
     check_nodes(run.store, run.job.storage)
-    check_nodes(run.store, run.job.storage)
-
-
-def _replica_takes(teacher: TeacherBase) -> dict[str, float]:
-    return {"CPU": teacher.cpus_per_replica, "GPU": teacher.gpus_per_replica}
-
-
-def _training_takes(train: Train) -> dict[str, float]:
-    return {"CPU": train.workers * train.cpus_per_worker, "GPU": train.workers * train.gpus_per_worker}
 
 
 def fetch_teacher(run: Run) -> ModelFolder | None:
@@ -157,139 +111,16 @@ def prepare_student(run: Run, tokens: Tokens, teacher: ModelFolder) -> Model | I
     return initial
 
 
-def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | Initial) -> Labelling:
-    """The log that holds exactly this teacher's labels of these tokens, and the demand of this student on it."""
-    job, vocab = run.job, teacher.manifest.vocab_size
-    labels = job.labels.model_dump(mode="json", exclude={"run_ahead"})
-    arithmetic = "vllm" if vllm_of(job.teacher) else job.teacher.dtype
-    teacher_identity = {"content": teacher.manifest.content, "dtype": arithmetic}
-    shape = {"seq_len": tokens.manifest.seq_len, "vocab_size": vocab}
-    identity = {"teacher": teacher_identity, "tokens": tokens.manifest.content, "labels": labels, "shape": shape}
-    log = LabelLog.open(run.store, identity)
-    student = TrainingJob(
-        "student",
-        start,
-        vocab,
-        job.train,
-        job.seed,
-        tokens.folder,
-        tokens.manifest,
-        Soft(log.key, job.labels, job.objective, teacher.address, job.teacher.dtype),
-        Ahead(job.student.mtp_depth, job.student.mtp_weight) if job.student.mtp_depth else Ahead(),
-    )
-    return Labelling(log, student, student.demanded_shards())
-
-
-def label(run: Run, tokens: Tokens, teacher: ModelFolder, labelling: Labelling) -> Labelled:
-    """Have the teacher pool label what is demanded and not yet in the log; seal the demand."""
-    log, demand = labelling.log, labelling.demand
-    lineage = {"name": "tokens", "digest": tokens.manifest.content, "source": tokens.folder}
-    with run.stage("labels", log.key, {"labels": run.job.labels}, lineage) as stage:
-        missing = log.missing(demand)
-        run.display.expect("labels", len(demand))
-        speed = blocked = None
-        if missing:
-            speed, blocked = _label_missing(run, tokens, teacher, labelling, missing, stage.figures)
-        else:
-            stage.reuse()
-        seal, ledger = log.seal(demand, tokens.manifest)
-        stage.figures |= {"rows": seal.rows, "bytes": seal.bytes, "reused_shards": len(demand) - len(missing)}
-    return Labelled(seal, ledger, len(demand) - len(missing), speed, blocked)
-
-
-def _label_missing(
-    run: Run, tokens: Tokens, teacher: ModelFolder, labelling: Labelling, missing: list[int], figures: dict[str, float]
-) -> tuple[float, float]:
-    """Tokens per second of the pool, and the share of its time in which it waited for the student.
-
-    `figures` get the seconds of each replica.
-    """
-    from orchestrator.teacher.calibrate import calibrate
-    from orchestrator.teacher.placement import Placement
-    from orchestrator.teacher.pool import label_shards
-    from orchestrator.teacher.usage import Usage
-
-    spec, demand = run.job.teacher, labelling.demand
-    work, placement = _work(run, tokens, teacher, labelling), Placement(labelling.log.key, spec, run.display.say)
-    done = len(demand) - len(missing)
-    if done:
-        run.display.say(f"labels: resuming, {done}/{len(demand)} shards done")
-    calibrate(work, demand[0], placement)
-    rows = size = 0
-    usage, began = Usage(), None
-    seq_len = tokens.manifest.seq_len
-    position = {shard: i for i, shard in enumerate(demand)}
-    shards = [(shard, position[shard]) for shard in missing]
-    for receipt in label_shards(work, shards, _pool_size(run.job), placement):
-        began = began or time.time() - receipt["seconds"]
-        done, rows, size = done + 1, rows + receipt["rows"], size + receipt["bytes"]
-        lost = usage.add(receipt)
-        if lost:
-            run.warn("labels: a teacher replica was lost and replaced; its shard was labelled again")
-        number = list(usage.replicas).index(receipt["replica"])
-        metrics = {
-            names.SHARDS_COMMITTED: done,
-            names.LABEL_TOKENS_PER_S: rows * seq_len / (time.time() - began),
-            names.BYTES_PER_TOKEN: size / (rows * seq_len),
-            names.BLOCKED_FRACTION: usage.blocked_fraction,
-            names.TEACHER_REPLICAS: receipt["replicas"],
-            names.BUSY_S: usage.total.busy,
-            names.IDLE_S: usage.total.idle,
-            names.BLOCKED_S: usage.total.blocked,
-            names.LABEL_TOKENS: receipt["rows"] * seq_len,
-            names.of_replica(names.REPLICA_BUSY_S, number): receipt["seconds"],
-            names.of_replica(names.REPLICA_IDLE_S, number): receipt["idle_s"],
-            names.of_replica(names.REPLICA_BLOCKED_S, number): receipt["blocked_s"],
-            names.RESTARTS: float(lost),
-        }
-        run.record("labels", labelling.log.key, done, metrics)
-    assert began is not None
-    for number, seconds in enumerate(usage.replicas.values()):
-        figures |= {f"replica_{number}/{kind}_s": value for kind, value in asdict(seconds).items()}
-    return rows * seq_len / (time.time() - began), usage.blocked_fraction
-
-
-def _pool_size(job: Job) -> Replicas:
-    """As many replicas as were asked for, but no more than the cluster has room for beside the student."""
-    least, most = job.teacher.replicas.min, job.teacher.replicas.max
-    room = replicas_that_fit(_replica_takes(job.teacher), beside=_training_takes(job.train))
-    return Replicas(min=least, max=max(least, min(most, room)))
-
-
-def _work(run: Run, tokens: Tokens, teacher: ModelFolder, labelling: Labelling) -> Work:
-    """What the teacher's actors are told."""
-    from orchestrator.teacher.labeller import Labelling as Work
-
-    spec = run.job.teacher
-    behind = finished_model(run.store, labelling.student.folder) is None  # a finished student does not hold its teacher back
-    return Work(
-        store=run.store,
-        data_folder=tokens.folder,
-        model=teacher.address,
-        vocab_size=teacher.manifest.vocab_size,
-        dtype=spec.dtype,
-        labels=run.job.labels if behind else run.job.labels.model_copy(update={"run_ahead": None}),
-        log_key=labelling.log.key,
-        micro_batch=spec.micro_batch,
-        threads=max(1, int(spec.cpus_per_shard)),
-        board=run.board,
-        shards=spec.shards,
-        cpus=spec.cpus_per_shard,
-        gpus=spec.gpus_per_shard,
-        vllm=vllm_of(spec),
-    )
-
-
-def train_student(run: Run, tokens: Tokens, labelling: Labelling) -> ModelFolder:
+def train_student(run: Run, tokens: Tokens, student: TrainingJob) -> ModelFolder:
     """Train the student on the label log while it is being written."""
-    return _train(run, tokens, labelling.student)
+    return _train(run, tokens, student)
 
 
-def train_baseline(run: Run, tokens: Tokens, labelling: Labelling) -> ModelFolder | None:
+def train_baseline(run: Run, tokens: Tokens, student: TrainingJob) -> ModelFolder | None:
     """Train the same student, from the same weights on the same rows, on hard labels alone."""
     if not run.job.evaluate.baseline:
         return None
-    return _train(run, tokens, replace(labelling.student, stage="baseline", soft=None))
+    return _train(run, tokens, replace(student, stage="baseline", soft=None))
 
 
 def _train(run: Run, tokens: Tokens, job: TrainingJob) -> ModelFolder:

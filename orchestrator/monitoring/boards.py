@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from orchestrator.monitoring import promql
 from orchestrator.monitoring.grafana import Dashboard, Panel, Query, Row, Variable
 from orchestrator.monitoring.promql import STUDENT, THIS_RUN, latest, of, rate, since
@@ -23,6 +25,14 @@ def _gauge(name: str, title: str, unit: str, *, log_scale: bool = False, width: 
     """A gauge of the registry, by stage, in the registry's words."""
     query = Query(latest(name, THIS_RUN, by=BY_STAGE), STAGE)
     return Panel(title, f"{METRICS[name].help}.", [query], unit, log_scale=log_scale, width=width, optional=optional)
+
+
+def _total(name: str, title: str, thresholds: Sequence[tuple[float, str]], optional: str) -> Panel:
+    """What a counter of the registry stands at, by stage."""
+    query = Query(f"sum by ({BY_STAGE}) ({of(name, THIS_RUN)})", STAGE)
+    return Panel(
+        title, f"{METRICS[name].help}.", [query], "short", kind="stat", thresholds=thresholds, width=4, optional=optional
+    )
 
 
 WAITING = Panel(
@@ -82,26 +92,8 @@ CHECKPOINT_AGE = Panel(
     thresholds=[(STALE_CHECKPOINT_S / 2, "yellow"), (STALE_CHECKPOINT_S, "red")],
     width=4,
 )
-RESTARTS = Panel(
-    "Restarts",
-    f"{METRICS[names.RESTARTS].help}.",
-    [Query(f"sum by ({BY_STAGE}) ({of(names.RESTARTS, THIS_RUN)})", STAGE)],
-    "short",
-    kind="stat",
-    thresholds=[(1, "yellow"), (3, "red")],
-    width=4,
-    optional=NO_DEATH,
-)
-NONFINITE = Panel(
-    "Non-finite losses",
-    f"{METRICS[names.NONFINITE_LOSSES].help}.",
-    [Query(f"sum by ({BY_STAGE}) ({of(names.NONFINITE_LOSSES, THIS_RUN)})", STAGE)],
-    "short",
-    kind="stat",
-    thresholds=[(1, "red")],
-    width=4,
-    optional="every loss was finite",
-)
+RESTARTS = _total(names.RESTARTS, "Restarts", [(1, "yellow"), (3, "red")], NO_DEATH)
+NONFINITE = _total(names.NONFINITE_LOSSES, "Non-finite losses", [(1, "red")], "every loss was finite")
 WORKER_DEATHS = Panel(
     "Processes that died",
     "Unexpected ends of Ray's worker processes per minute, teacher actors and training workers among them.",
@@ -275,13 +267,22 @@ LABELLING = Dashboard(
 )
 
 
-def _here(expr: str) -> str:
-    """`expr` with the chosen Ray sessions in place of `%`."""
-    return expr.replace("%", 'SessionName=~"$session"')
+def _ray(
+    title: str,
+    description: str,
+    unit: str,
+    *queries: tuple[str, str],
+    thresholds: Sequence[tuple[float, str]] = (),
+    optional: str | None = None,
+) -> Panel:
+    """A panel of Ray's own metrics; a query is an expression, with `%` for the chosen Ray sessions, and a legend."""
+    here = [Query(expr.replace("%", 'SessionName=~"$session"'), legend) for expr, legend in queries]
+    return Panel(title, description, here, unit, thresholds=thresholds, optional=optional)
 
 
 def _node(title: str, description: str, expr: str, unit: str = "percentunit", optional: str | None = None) -> Panel:
-    return Panel(title, description, [Query(_here(expr), "{{ip}} {{GpuIndex}}")], unit, optional=optional)
+    """A panel with a line for each node, or for each GPU of it."""
+    return _ray(title, description, unit, (expr, "{{ip}} {{GpuIndex}}"), optional=optional)
 
 
 NO_GPU = "no node has a GPU"
@@ -305,12 +306,7 @@ CLUSTER = Dashboard(
                     "Part of the disk in use.",
                     "ray_node_disk_usage{%} / (ray_node_disk_usage{%} + ray_node_disk_free{%})",
                 ),
-                _node(
-                    "GPU",
-                    "Utilisation of each GPU.",
-                    "ray_node_gpus_utilization{%} / 100",
-                    optional=NO_GPU,
-                ),
+                _node("GPU", "Utilisation of each GPU.", "ray_node_gpus_utilization{%} / 100", optional=NO_GPU),
                 _node(
                     "GPU memory",
                     "Part of each GPU's memory in use.",
@@ -323,41 +319,32 @@ CLUSTER = Dashboard(
         Row(
             "Ray",
             [
-                Panel(
+                _ray(
                     "Resources in use",
                     "Logical CPUs and GPUs that tasks, actors and placement groups hold.",
-                    [
-                        Query(_here('sum by (Name) (ray_resources{%,State="USED",Name=~"CPU|GPU"})'), "{{Name}} used"),
-                        Query(_here('sum by (Name) (ray_resources{%,Name=~"CPU|GPU"})'), "{{Name}} in all"),
-                    ],
                     "short",
+                    ('sum by (Name) (ray_resources{%,State="USED",Name=~"CPU|GPU"})', "{{Name}} used"),
+                    ('sum by (Name) (ray_resources{%,Name=~"CPU|GPU"})', "{{Name}} in all"),
                 ),
-                Panel(
-                    "Actors",
-                    "Actors by state.",
-                    [Query(_here('sum by (State) (ray_actors{%,Source="gcs"})'), "{{State}}")],
-                    "short",
-                ),
-                Panel(
+                _ray("Actors", "Actors by state.", "short", ('sum by (State) (ray_actors{%,Source="gcs"})', "{{State}}")),
+                _ray(
                     "Tasks",
                     "Unfinished tasks by state; many pending ones wait for resources.",
-                    [Query(_here('sum by (State) (ray_tasks{%,State!~"FINISHED|FAILED"})'), "{{State}}")],
                     "short",
+                    ('sum by (State) (ray_tasks{%,State!~"FINISHED|FAILED"})', "{{State}}"),
                 ),
-                Panel(
+                _ray(
                     "Object store",
                     "Bytes of objects by where they are; labels never pass through it.",
-                    [
-                        Query(_here("sum by (Location) (ray_object_store_memory{%})"), "{{Location}}"),
-                        Query(_here('sum (ray_resources{%,Name="object_store_memory"})'), "capacity"),
-                    ],
                     "bytes",
+                    ("sum by (Location) (ray_object_store_memory{%})", "{{Location}}"),
+                    ('sum (ray_resources{%,Name="object_store_memory"})', "capacity"),
                 ),
-                Panel(
+                _ray(
                     "Spilled",
                     "Objects that did not fit and lie on disk.",
-                    [Query(_here('sum by (instance) (ray_object_store_memory{%,Location="SPILLED"})'), "{{instance}}")],
                     "bytes",
+                    ('sum by (instance) (ray_object_store_memory{%,Location="SPILLED"})', "{{instance}}"),
                     thresholds=[(1, "orange")],
                 ),
                 WORKER_DEATHS,

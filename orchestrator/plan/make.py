@@ -12,6 +12,7 @@ from orchestrator.plan.deepspeed_config import deepspeed_config
 from orchestrator.plan.footprint import Footprint, Rows, footprint
 from orchestrator.plan.layout import layout_of
 from orchestrator.plan.memory import label_bytes_per_token
+from orchestrator.plan.resources import training_takes
 from orchestrator.plan.sizes import Decoder, decoder, with_mtp
 from orchestrator.spec.data import TrainTokenizer
 from orchestrator.spec.job import Job
@@ -132,54 +133,31 @@ def _stages(job: Job) -> tuple[Stage, ...]:
     teacher, train = job.teacher, job.train
     stages = [Stage("data", f"{job.data.source.kind} text to windows of {job.data.seq_len} tokens", 1, 0)]
     if isinstance(teacher, PretrainTeacher):
-        own = teacher.train
-        stages.append(
-            Stage(
-                "teacher",
-                f"train from scratch, {own.steps} steps",
-                own.workers * own.cpus_per_worker,
-                own.workers * own.gpus_per_worker,
-            )
-        )
+        stages.append(_training_stage("teacher", f"train from scratch, {teacher.train.steps} steps", teacher.train))
     else:
         stages.insert(0, Stage("teacher", f"fetch and hash ({teacher.kind})", 0, 0))
-    replicas = teacher.replicas.min
-    spread = f" of {teacher.shards} shards" if teacher.shards > 1 else ""
     if not isinstance(job.student, ConfigStudent):
         stages.append(Stage("initial", f"first weights of the student ({job.student.kind})", 1, 0))
-    stages += [
-        Stage(
-            "labels",
-            f"{job.labels.kind}, by {replicas} to {teacher.replicas.max} teacher actors" + spread,
-            replicas * teacher.cpus_per_replica,
-            replicas * teacher.gpus_per_replica,
-        ),
-        Stage(
-            "student",
-            f"{train.steps} steps, following the labels as they are written",
-            train.workers * train.cpus_per_worker,
-            train.workers * train.gpus_per_worker,
-        ),
-    ]
+    least, most = teacher.replicas.min, teacher.replicas.max
+    spread = f" of {teacher.shards} shards" if teacher.shards > 1 else ""
+    pool = f"{job.labels.kind}, by {least} to {most} teacher actors{spread}"
+    stages.append(Stage("labels", pool, least * teacher.cpus_per_replica, least * teacher.gpus_per_replica))
+    stages.append(_training_stage("student", f"{train.steps} steps, following the labels as they are written", train))
     if job.evaluate.baseline:
-        stages.append(
-            Stage(
-                "baseline",
-                "the same student on hard labels alone",
-                train.workers * train.cpus_per_worker,
-                train.workers * train.gpus_per_worker,
-            )
-        )
+        stages.append(_training_stage("baseline", "the same student on hard labels alone", train))
     stages.append(Stage("evaluate", f"up to {job.evaluate.rows} held-out windows", 1, 0))
     stages.append(Stage("export", "Hugging Face folder", 0, 0))
     stages.append(Stage("report", "report.html, report.json, summary.md", 0, 0))
     return tuple(stages)
 
 
+def _training_stage(name: str, what: str, train: Train) -> Stage:
+    takes = training_takes(train)
+    return Stage(name, what, takes["CPU"], takes["GPU"])
+
+
 def _concurrent_cpus(job: Job) -> int:
     """CPU slots that labelling and training need side by side."""
-    side_by_side = job.teacher.replicas.min * job.teacher.cpus_per_replica + job.train.workers * job.train.cpus_per_worker
-    alone = 0.0
-    if isinstance(job.teacher, PretrainTeacher):
-        alone = job.teacher.train.workers * job.teacher.train.cpus_per_worker
+    side_by_side = job.teacher.replicas.min * job.teacher.cpus_per_replica + training_takes(job.train)["CPU"]
+    alone = training_takes(job.teacher.train)["CPU"] if isinstance(job.teacher, PretrainTeacher) else 0.0
     return int(-(-max(side_by_side, alone) // 1))

@@ -76,6 +76,18 @@ class TokenManifest(Record):
         return [s.rows for s in self.train]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Token shards, and where they lie in the storage."""
+
+    folder: str
+    manifest: TokenManifest
+
+    @property
+    def tokenizer(self) -> str:
+        return f"{self.folder}/tokenizer"
+
+
 class ModelManifest(Record):
     """A Hugging Face model folder in the storage."""
 

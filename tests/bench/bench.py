@@ -9,7 +9,6 @@ with the same label extraction, (c) labelling and training side by side against 
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from keep import keep
+from keep import keep, machine
 
 HERE = Path(__file__).parent
 JOB = HERE.parent.parent / "jobs" / "quickstart.yaml"
@@ -44,7 +43,7 @@ def main() -> None:
         rounds = [one_round(storage) for _ in range(ROUNDS)]
         streamed = [side_by_side(storage) for _ in range(ROUNDS)]
     result = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "train_worker_over_bare": ratios(rounds, "worker_tokens_per_s", "bare_train_tokens_per_s"),
         "teacher_actor_over_bare": ratios(rounds, "actor_tokens_per_s", "bare_label_tokens_per_s"),
         "run_over_slower_side": summary([r["run_s"] / max(r["label_s"], r["train_s"]) for r in streamed]),

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from keep import keep
 
 HERE = Path(__file__).parent
 SEQ, ROWS, STEPS, RATE = 32, 4, 3, 1e-4
@@ -120,9 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), args.model)
         result = compare(Path(folder), args.schedule)
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "gemma_pipeline.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("gemma_pipeline", result)
 
 
 if __name__ == "__main__":

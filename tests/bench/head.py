@@ -19,9 +19,7 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +27,8 @@ from typing import Any
 
 import torch
 from envs import liger_path
-from keep import keep
+from fresh import fresh
+from keep import keep, machine
 from labels import merged
 from memory import peak, reset_peak
 
@@ -200,15 +199,6 @@ def compared(by_variant: dict[str, dict[str, Any]]) -> dict[str, float]:
     return ratios
 
 
-def fresh(*arguments: Any) -> dict[str, Any]:
-    """What this script says in a process of its own."""
-    command = [sys.executable, __file__, "--worker", json.dumps(arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{arguments}: exit {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def worker(what: str, *arguments: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
     return {"check": check, "measure": measure}[what](*arguments)
@@ -216,7 +206,7 @@ def worker(what: str, *arguments: Any) -> dict[str, Any]:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "widths": {"student": WIDTH, "teacher": TEACHER_WIDTH},
         "liger_chunks": LIGER_CHUNKS,
         "errors": {},
@@ -224,12 +214,15 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }
     for dtype in args.dtypes:
         for loss in args.losses:
-            result["errors"][f"{loss} {dtype}"] = fresh("check", loss, dtype)
+            result["errors"][f"{loss} {dtype}"] = fresh(__file__, "--worker", ["check", loss, dtype])
     for vocab in args.vocabs:
         for dtype in args.dtypes:
             for loss in args.losses:
                 load, tokens = os.getloadavg()[0], args.tokens
-                runs = {n: fresh("measure", n, loss, tokens, vocab, dtype, args.repeat) for n in variants(loss)}
+                runs = {
+                    n: fresh(__file__, "--worker", ["measure", n, loss, tokens, vocab, dtype, args.repeat])
+                    for n in variants(loss)
+                }
                 case = {"vocab": vocab, "tokens": tokens, "dtype": dtype, "loss": loss, "load": load}
                 result["cases"].append({**case, "ratios": compared(runs), "runs": runs})
                 print(json.dumps(result["cases"][-1]), flush=True)

@@ -1,10 +1,16 @@
-"""Where a benchmark leaves what it has measured."""
+"""Where a benchmark leaves what it has measured, and on what."""
 
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
+
+
+def machine() -> str:
+    """The kind of processor."""
+    return platform.processor() or platform.machine()
 
 
 def keep(name: str, result: dict[str, Any]) -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from keep import keep
 
 HERE = Path(__file__).parent
 RANKS, SEED, VOCAB = 2, 0, 8192
@@ -120,9 +121,7 @@ def main() -> None:
         "peak_mb": {name: taken >> 20 for name, taken in found.items()},
         "peak_per_weights": {name: round(taken / weights, 2) for name, taken in found.items()},
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "loading.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("loading", result)
 
 
 if __name__ == "__main__":

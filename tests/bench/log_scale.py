@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from keep import keep, machine
 from memory import peak, reset_peak
 
 from orchestrator.plan.order import TrainingOrder
@@ -37,7 +37,6 @@ from orchestrator.store.local import LocalStore
 from orchestrator.store.records import ShardRecord, TokenManifest
 from orchestrator.store.shards import TokenShard
 
-HERE = Path(__file__).parent
 SIZES = (1_000, 10_000, 100_000)
 ROWS, SEQ = 64, 8
 WRITERS, SHARDS_A_TASK = 2, 250
@@ -225,7 +224,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the logs are made; the system's temporary folder if not given")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "log_scale.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="log-", dir=args.folder) as folder:
         logs = {size: grow(Path(folder) / str(size), size) for size in args.sizes}
@@ -235,7 +233,7 @@ def main() -> None:
         print(json.dumps(costs), flush=True)
         most = max(logs)
         result = {
-            "machine": platform.processor() or platform.machine(),
+            "machine": machine(),
             "load": round(os.getloadavg()[0], 2),
             "costs": costs,
             "growth": growth(costs),
@@ -244,9 +242,7 @@ def main() -> None:
                 name: wait_together(logs[most], most + SAMPLES + i, pauses) for i, (name, pauses) in enumerate(PAUSES.items())
             },
         }
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("log_scale", result)
 
 
 if __name__ == "__main__":

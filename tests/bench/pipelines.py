@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from keep import keep
+from keep import keep, machine
 
 from orchestrator.plan.layout import Layout, bubble
 
@@ -354,7 +353,7 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     result = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "cores": os.cpu_count(),
         "load_before_and_after": loads,
         "layer_ms": {

@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
 
-from keep import keep
+from fresh import fresh
+from keep import keep, machine
 
 from orchestrator.plan.cluster import DEVICES, Calibration, Cluster
 from orchestrator.plan.footprint import Rows, footprint
@@ -157,15 +155,6 @@ def compared(training: Case, found: dict[str, Any], calibration: Calibration) ->
     }
 
 
-def fresh(what: str, training: Case) -> dict[str, Any]:
-    """What `measure` or `rates` finds in a process of its own."""
-    command = [sys.executable, __file__, f"--{what}", json.dumps(training)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{training}: exit {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
@@ -177,13 +166,13 @@ def main() -> None:
     loads = [os.getloadavg()[0]]
     rows = []
     for training in CASES:
-        calibration = Calibration(**fresh("rates", training))
-        rows.append(compared(training, fresh("measure", training), calibration))
+        calibration = Calibration(**fresh(__file__, "--rates", training))
+        rows.append(compared(training, fresh(__file__, "--measure", training), calibration))
         loads.append(os.getloadavg()[0])
         print(json.dumps(rows[-1]), flush=True)
     errors = {name: [abs(row[f"{name}_error"]) for row in rows] for name in ("memory", "tokens")}
     result = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "load": round(max(loads), 2),
         "targets": TARGETS,
         "memory_within_target": sum(e <= TARGETS["peak_memory"] for e in errors["memory"]),

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
+from keep import keep, machine
 
 from orchestrator.models.build import build_model
 from orchestrator.runtime.environment import prepare_ray
@@ -40,7 +40,6 @@ from orchestrator.store.shards import TokenShard, put_shard
 from orchestrator.teacher.labeller import Labeller, Labelling
 from orchestrator.teacher.pool import label_shards
 
-HERE = Path(__file__).parent
 POOLS = (1, 2, 4)
 SHARDS, ROWS, SEQ = 64, 8, 256
 WARM, LAST = 16, 56
@@ -170,7 +169,6 @@ def summary(rounds: list[dict[str, Figures]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "replicas.json")
     args = parser.parse_args()
     prepare_ray(local=True)
     with tempfile.TemporaryDirectory(prefix="rep-", ignore_cleanup_errors=True) as folder:
@@ -182,16 +180,14 @@ def main() -> None:
             loads.append(os.getloadavg()[0])
         ray.shutdown()
     result = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "cores": os.cpu_count(),
         "load": round(max(loads), 2),
         "tokens_a_shard": ROWS * SEQ,
         **summary(rounds),
         "rounds": rounds,
     }
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("replicas", result)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from envs import trl_python
-from keep import keep
+from keep import keep, machine
 
 HERE = Path(__file__).parent
 SEQ, BATCH, RATE = 256, 8, 5e-4
@@ -69,7 +68,7 @@ def compared(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "case": {"vocab": args.vocab, "seq": SEQ, "batch": BATCH, "steps": args.steps, "rate": RATE},
         "targets": TARGETS,
         "ratios": {},

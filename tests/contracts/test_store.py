@@ -1,4 +1,4 @@
-"""What every storage keeps to, a directory and S3 alike, and how S3 keeps to it when requests go wrong."""
+"""What every storage keeps to, a directory and S3 alike."""
 
 from __future__ import annotations
 
@@ -10,86 +10,25 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from orchestrator.errors import EnvironmentFault, IntegrityError, LockedError
-from orchestrator.store import bucket, lease, mirror
+from orchestrator.errors import LockedError
+from orchestrator.store import mirror
 from orchestrator.store.files import Store, local_folder, open_store
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import describe_folder, finish_model, finished_model
-from orchestrator.store.s3 import S3Store, node_folder
-from tests.s3 import BUCKET, Fault, Proxy, Server, Spoil, proxy, s3_server
-from tests.unit.test_label_log import IDENTITY, labels_of, manifest_of, tokens_of
-
-FILES = {"config.json": b'{"a": 1}', "model.safetensors": bytes(range(256)) * 100, "part/empty": b"", "part/a b+c": b"x"}
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with s3_server(tmp_path_factory.mktemp("s3") / "log") as running:
-        yield running
-
-
-@pytest.fixture
-def environment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """That of a machine that may use the server, with a folder for copies of its own."""
-    (tmp_path / "node").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "node"))
-    point_at(server, monkeypatch)
-    yield monkeypatch
-    bucket._client.cache_clear()
-
-
-def point_at(server: Server | Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    bucket._client.cache_clear()
-
-
-@pytest.fixture
-def s3(environment: pytest.MonkeyPatch) -> S3Store:
-    return S3Store(f"s3://{BUCKET}/{uuid.uuid4().hex}/deep")
-
-
-@pytest.fixture
-def spoiled(s3: S3Store, server: Server, environment: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """What `s3` talks to from now on."""
-    environment.setattr(bucket, "FIRST_PAUSE_S", 0.01)
-    environment.setattr(bucket, "PAUSES_S", (0.01, 0.01, 0.01))
-    with proxy(server) as running:
-        point_at(running, environment)
-        yield running
+from tests.contracts.stored import FILES, build, damage, eventually, read, write
+from tests.label_logs import IDENTITY, labels_of, manifest_of, tokens_of
+from tests.s3 import Server
 
 
 @pytest.fixture(params=["directory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return LocalStore(tmp_path / "store") if request.param == "directory" else request.getfixturevalue("s3")
-
-
-def spoil(spoiled: Proxy, method: str, fragment: str, how: Spoil, times: int = 1) -> Fault:
-    spoiled.faults.append(Fault(method, fragment, how, times))
-    return spoiled.faults[-1]
-
-
-def build(store: Store, key: str, files: dict[str, bytes]) -> None:
-    with store.folder_for(key) as folder:
-        write(folder, files)
-
-
-def write(folder: Path, files: dict[str, bytes]) -> None:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-
-
-def read(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 # Files.
@@ -230,14 +169,6 @@ def test_a_removed_folder_is_gone_with_all_that_is_in_it(store: Store) -> None:
     assert store.keys("checkpoints") == [] and store.contents("checkpoints/step-2") is None
 
 
-def damage(store: Store, server: Server, key: str, content: bytes) -> None:
-    """Change a stored file behind the back of `store`."""
-    if isinstance(store, LocalStore):
-        store.path(key).write_bytes(content)
-    else:
-        server.write(store.address(key).removeprefix(f"s3://{BUCKET}/"), content)
-
-
 @pytest.mark.parametrize("content", [b"", b'{"a": 2}', b'{"a": 1} '])
 def test_a_damaged_model_is_not_finished(store: Store, server: Server, content: bytes) -> None:
     build(store, "student/k/model", FILES)
@@ -261,13 +192,6 @@ def test_a_workspace_keeps_what_is_written_on_and_on(store: Store, monkeypatch: 
     assert store.read("runs/a/other") == b"as it is"
 
 
-def eventually(condition: Callable[[], Any], patience_s: float = 30.0) -> None:
-    end = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
 # Locks.
 
 HOLDER = """
@@ -286,13 +210,6 @@ with open_store(sys.argv[1]).exclusive("run/lock") as still_ours:
             print(error, flush=True)
             break
 """
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "RENEW_S", 0.2)
-    monkeypatch.setattr(lease, "STALE_S", 1.5)
-    monkeypatch.setattr(lease, "LOOK_S", 0.1)
 
 
 @pytest.fixture
@@ -337,16 +254,6 @@ def test_a_holder_that_slept_too_long_learns_that_it_has_lost(store: Store, hold
         still_ours()  # its going has freed nothing
 
 
-def test_a_workspace_is_not_stored_by_who_has_lost_its_lock(s3: S3Store) -> None:
-    def lost() -> None:
-        raise LockedError("lost")
-
-    s3.replace("runs/a/log", b"theirs")
-    with pytest.raises(LockedError), s3.workspace("runs/a", ("log",), lost) as folder:
-        (folder / "log").write_bytes(b"ours")
-    assert s3.read("runs/a/log") == b"theirs"
-
-
 def test_of_eight_that_want_a_lock_one_gets_it(store: Store, quick: None) -> None:
     barrier, entered, refused = threading.Barrier(8), [], []
 
@@ -382,127 +289,3 @@ def test_a_label_log_is_written_followed_and_sealed(store: Store) -> None:
     assert log.kept("basis") == b"kept"
     seal, ledger = log.seal([0, 1, 2], manifest_of(shards))
     assert ledger.balanced and seal.rows == 12
-
-
-# Copies on a node.
-
-
-def test_a_folder_is_copied_once_for_all_processes_of_a_node(s3: S3Store, spoiled: Proxy, tmp_path: Path) -> None:
-    build(s3, "model", FILES)
-    spoiled.seen.clear()
-    look = f"import tempfile; tempfile.tempdir = {str(tmp_path / 'node')!r}\n"
-    look += f"from orchestrator.store.files import local_folder; print(local_folder({s3.address('model')!r}))"
-    looking = [subprocess.Popen([sys.executable, "-c", look], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    copies = {process.communicate()[0].strip() for process in looking}
-    assert copies == {str(s3.local("model"))} and read(s3.local("model")) == FILES
-    assert [path for _, path in spoiled.seen if path.endswith("/model/model.safetensors")] == [
-        path for method, path in spoiled.seen if method == "GET" and path.endswith("/model/model.safetensors")
-    ]
-    assert sum(path.endswith("/model/model.safetensors") for _, path in spoiled.seen) == 1
-    s3.forget("model")
-    assert not Path(copies.pop()).exists()
-
-
-def test_a_copy_that_is_not_what_was_stored_is_refused(s3: S3Store, server: Server) -> None:
-    build(s3, "model", FILES)
-    damage(s3, server, "model/part/a b+c", b"y")
-    with pytest.raises(IntegrityError, match=r"model/part/a b\+c: sha256 mismatch"):
-        s3.local("model")
-    server.client.delete_object(Bucket=BUCKET, Key=s3.address("model/config.json").removeprefix(f"s3://{BUCKET}/"))
-    with pytest.raises(IntegrityError, match="gone"):
-        s3.local("model")
-    assert s3.contents("model") is None
-    assert list((node_folder() / "copies").glob("*[!k]")) == [], "nothing half copied is left"
-
-
-def test_large_files_travel_in_pieces(s3: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket, "CHUNK_BYTES", 5 << 20)  # the least that S3 takes
-    files = {"large": os.urandom((12 << 20) + 17), "small": b"1"}
-    build(s3, "model", files)
-    assert read(s3.local("model")) == files
-    assert s3.contents("model") == describe_folder(s3.local("model"))
-
-
-# Requests that go wrong.
-
-
-@pytest.mark.parametrize("how", ["lose the reply", "hang up", "500", "503", "409"])
-def test_a_commit_survives_a_bad_reply(s3: S3Store, spoiled: Proxy, how: Spoil) -> None:
-    fault = spoil(spoiled, "PUT", "/commit", how)
-    assert s3.put_if_absent("commit", b"mine")
-    assert fault.fired == 1
-    assert not s3.put_if_absent("commit", b"theirs")
-    assert s3.read("commit") == b"mine"
-
-
-def test_a_lost_reply_does_not_hide_a_lost_race(s3: S3Store, spoiled: Proxy) -> None:
-    s3.put_if_absent("commit", b"theirs")
-    fault = spoil(spoiled, "PUT", "/commit", "lose the reply")
-    assert not s3.put_if_absent("commit", b"mine")
-    assert fault.fired == 1 and s3.read("commit") == b"theirs"
-
-
-@pytest.mark.parametrize("how", ["lose the reply", "hang up", "500", "503"])
-def test_everything_is_tried_again(s3: S3Store, spoiled: Proxy, how: Spoil) -> None:
-    faults = [spoil(spoiled, method, "", how, times=2) for method in ("PUT", "GET", "HEAD")]
-    s3.replace("a", b"1")
-    assert s3.exists("a") and s3.read("a") == b"1"
-    assert [fault.fired for fault in faults] == [2, 2, 2]
-    spoiled.faults.clear()
-    faults = [spoil(spoiled, "PUT", "/model/config.json", how), spoil(spoiled, "GET", "/model/config.json", how)]
-    build(s3, "model", FILES)
-    assert read(s3.local("model")) == FILES
-    assert [fault.fired for fault in faults] == [1, 1]
-
-
-def test_a_lease_survives_lost_replies(s3: S3Store, spoiled: Proxy, quick: None) -> None:
-    fault = spoil(spoiled, "PUT", "/lock", "lose the reply", times=3)
-    with s3.exclusive("run/lock") as still_ours:
-        eventually(lambda: fault.fired == 3)
-        time.sleep(0.5)
-        still_ours()
-
-
-def test_half_a_folder_is_not_seen(s3: S3Store, spoiled: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket, "RETRIES", 1)
-    fault = spoil(spoiled, "PUT", "/model.index.json", "503", times=2)
-    with pytest.raises(EnvironmentFault, match=re.escape(s3.address("model"))):
-        build(s3, "model", FILES)
-    assert fault.fired == 2
-    assert s3.read("model/config.json") == FILES["config.json"], "the files are there, but"
-    assert not s3.exists("model") and s3.keys("") == [] and s3.contents("model") is None
-    build(s3, "model", FILES)
-    assert read(s3.local("model")) == FILES
-
-
-def assert_faulty(store: S3Store, *words: str) -> None:
-    with pytest.raises(EnvironmentFault) as caught:
-        store.check_writable()
-    assert caught.value.exit_code == 4
-    message = str(caught.value)
-    print(message)
-    assert store.address() in message and all(word in message for word in words), message
-
-
-def test_a_bucket_that_is_not_there_is_named(s3: S3Store) -> None:
-    assert_faulty(S3Store("s3://no-such-bucket/x"), "no bucket", "no-such-bucket")
-
-
-def test_a_forbidden_bucket_is_named(s3: S3Store, spoiled: Proxy) -> None:
-    fault = spoil(spoiled, "PUT", "", "403")
-    assert_faulty(s3, "denied")
-    assert fault.fired == 1
-
-
-def test_an_endpoint_that_does_not_answer_is_named(s3: S3Store, environment: pytest.MonkeyPatch) -> None:
-    environment.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    bucket._client.cache_clear()
-    began = time.monotonic()
-    assert_faulty(s3, "127.0.0.1:1")
-    assert time.monotonic() - began < 15
-
-
-def test_a_server_that_overwrites_commits_is_refused(s3: S3Store, spoiled: Proxy) -> None:
-    s3.check_writable()
-    spoiled.conditions = False
-    assert_faulty(s3, "If-None-Match")

@@ -24,7 +24,7 @@ import yaml
 
 from orchestrator.tracking.mlflow_tracker import PARENT, Tracker
 from orchestrator.tracking.names import LOSS
-from tests.e2e.test_mlflow import (
+from tests.e2e.mlflow_runs import (
     PATIENCE_S,
     Run,
     Server,

@@ -1,0 +1,173 @@
+"""The labelling of a run: which labels the student demands, which are there, and the teacher pool that makes the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.plan.resources import replica_takes, training_takes
+from orchestrator.run import Run
+from orchestrator.runtime.session import replicas_that_fit
+from orchestrator.spec.job import Job
+from orchestrator.spec.model import Model, Replicas, vllm_of
+from orchestrator.store.label_log import LabelLog, Ledger, Seal
+from orchestrator.store.records import ModelFolder, Tokens, finished_model
+from orchestrator.student.job import Ahead, Initial, Soft, TrainingJob
+from orchestrator.tracking import names
+
+if TYPE_CHECKING:
+    from orchestrator.teacher.labeller import Labelling
+    from orchestrator.teacher.usage import Usage
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the student's training asks of a label log."""
+
+    log: LabelLog
+    student: TrainingJob
+    shards: list[int]
+    """In the order in which training wants them."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A demand that is met."""
+
+    seal: Seal
+    ledger: Ledger
+    reused_shards: int
+    tokens_per_s: float | None
+    """Of all teacher actors together; None if nothing was left to label."""
+    blocked_fraction: float | None
+    """Share of the teacher's time spent waiting for the student."""
+
+
+def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | Initial) -> Demand:
+    """The log that holds exactly this teacher's labels of these tokens, and the demand of this student on it."""
+    job, vocab = run.job, teacher.manifest.vocab_size
+    labels = job.labels.model_dump(mode="json", exclude={"run_ahead"})
+    arithmetic = "vllm" if vllm_of(job.teacher) else job.teacher.dtype
+    teacher_identity = {"content": teacher.manifest.content, "dtype": arithmetic}
+    shape = {"seq_len": tokens.manifest.seq_len, "vocab_size": vocab}
+    identity = {"teacher": teacher_identity, "tokens": tokens.manifest.content, "labels": labels, "shape": shape}
+    log = LabelLog.open(run.store, identity)
+    student = TrainingJob(
+        "student",
+        start,
+        vocab,
+        job.train,
+        job.seed,
+        tokens.folder,
+        tokens.manifest,
+        Soft(log.key, job.labels, job.objective, teacher.address, job.teacher.dtype),
+        Ahead(job.student.mtp_depth, job.student.mtp_weight) if job.student.mtp_depth else Ahead(),
+    )
+    return Demand(log, student, student.demanded_shards())
+
+
+def label(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Labelled:
+    """Have the teacher pool label what is demanded and not yet in the log; seal the demand."""
+    log, shards = demand.log, demand.shards
+    lineage = {"name": "tokens", "digest": tokens.manifest.content, "source": tokens.folder}
+    with run.stage("labels", log.key, {"labels": run.job.labels}, lineage) as stage:
+        missing = log.missing(shards)
+        run.display.expect("labels", len(shards))
+        speed = blocked = None
+        if missing:
+            speed, blocked = _label_missing(run, tokens, teacher, demand, missing, stage.figures)
+        else:
+            stage.reuse()
+        seal, ledger = log.seal(shards, tokens.manifest)
+        stage.figures |= {"rows": seal.rows, "bytes": seal.bytes, "reused_shards": len(shards) - len(missing)}
+    return Labelled(seal, ledger, len(shards) - len(missing), speed, blocked)
+
+
+def _label_missing(
+    run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand, missing: list[int], figures: dict[str, float]
+) -> tuple[float, float]:
+    """Tokens per second of the pool, and the share of its time in which it waited for the student.
+
+    `figures` get the seconds of each replica.
+    """
+    from orchestrator.teacher.calibrate import calibrate
+    from orchestrator.teacher.placement import Placement
+    from orchestrator.teacher.pool import label_shards
+    from orchestrator.teacher.usage import Usage
+
+    work = _work(run, tokens, teacher, demand)
+    placement = Placement(demand.log.key, run.job.teacher, run.display.say)
+    done = len(demand.shards) - len(missing)
+    if done:
+        run.display.say(f"labels: resuming, {done}/{len(demand.shards)} shards done")
+    calibrate(work, demand.shards[0], placement)
+    rows = size = 0
+    usage, began = Usage(), None
+    seq_len = tokens.manifest.seq_len
+    position = {shard: i for i, shard in enumerate(demand.shards)}
+    for receipt in label_shards(work, [(shard, position[shard]) for shard in missing], _pool_size(run.job), placement):
+        began = began or time.time() - receipt["seconds"]
+        done, rows, size = done + 1, rows + receipt["rows"], size + receipt["bytes"]
+        lost = usage.add(receipt)
+        if lost:
+            run.warn("labels: a teacher replica was lost and replaced; its shard was labelled again")
+        metrics = {
+            names.SHARDS_COMMITTED: done,
+            names.LABEL_TOKENS: receipt["rows"] * seq_len,
+            names.LABEL_TOKENS_PER_S: rows * seq_len / (time.time() - began),
+            names.BYTES_PER_TOKEN: size / (rows * seq_len),
+            names.RESTARTS: float(lost),
+        }
+        run.record("labels", demand.log.key, done, metrics | _of_pool(receipt, usage))
+    assert began is not None
+    for number, seconds in enumerate(usage.replicas.values()):
+        figures |= {f"replica_{number}/{kind}_s": value for kind, value in asdict(seconds).items()}
+    return rows * seq_len / (time.time() - began), usage.blocked_fraction
+
+
+def _of_pool(receipt: Mapping[str, Any], usage: Usage) -> dict[str, float]:
+    """Metrics of the pool after `receipt`, and of the replica that it came from."""
+    number = list(usage.replicas).index(receipt["replica"])
+    return {
+        names.TEACHER_REPLICAS: receipt["replicas"],
+        names.BLOCKED_FRACTION: usage.blocked_fraction,
+        names.BUSY_S: usage.total.busy,
+        names.IDLE_S: usage.total.idle,
+        names.BLOCKED_S: usage.total.blocked,
+        names.of_replica(names.REPLICA_BUSY_S, number): receipt["seconds"],
+        names.of_replica(names.REPLICA_IDLE_S, number): receipt["idle_s"],
+        names.of_replica(names.REPLICA_BLOCKED_S, number): receipt["blocked_s"],
+    }
+
+
+def _pool_size(job: Job) -> Replicas:
+    """As many replicas as were asked for, but no more than the cluster has room for beside the student."""
+    least, most = job.teacher.replicas.min, job.teacher.replicas.max
+    room = replicas_that_fit(replica_takes(job.teacher), beside=training_takes(job.train))
+    return Replicas(min=least, max=max(least, min(most, room)))
+
+
+def _work(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Labelling:
+    """What the teacher's actors are told."""
+    from orchestrator.teacher.labeller import Labelling
+
+    spec = run.job.teacher
+    behind = finished_model(run.store, demand.student.folder) is None  # a finished student does not hold its teacher back
+    return Labelling(
+        store=run.store,
+        data_folder=tokens.folder,
+        model=teacher.address,
+        vocab_size=teacher.manifest.vocab_size,
+        dtype=spec.dtype,
+        labels=run.job.labels if behind else run.job.labels.model_copy(update={"run_ahead": None}),
+        log_key=demand.log.key,
+        micro_batch=spec.micro_batch,
+        threads=max(1, int(spec.cpus_per_shard)),
+        board=run.board,
+        shards=spec.shards,
+        cpus=spec.cpus_per_shard,
+        gpus=spec.gpus_per_shard,
+        vllm=vllm_of(spec),
+    )

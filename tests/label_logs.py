@@ -1,0 +1,73 @@
+"""A label log of shards that are made up: cheap, of realistic columns, and the same in every process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator.store.label_log import LabelLog
+from orchestrator.store.local import LocalStore
+from orchestrator.store.records import ShardRecord, TokenManifest
+from orchestrator.store.shards import TokenShard
+
+IDENTITY: dict[str, Any] = {
+    "teacher": {"content": "a" * 32, "dtype": "bf16"},
+    "tokens": "b" * 32,
+    "labels": {"kind": "sampled", "samples": 50, "temperatures": [1.0, 2.0], "method": "systematic"},
+}
+
+Labels = dict[str, list[bytes]]
+
+
+def tokens_of(shard: int, rows: int = 4, seq: int = 8) -> TokenShard:
+    rng = np.random.default_rng(shard)
+    row_ids = [f"shard {shard:04d} r{row:03d}".encode() for row in range(rows)]
+    return TokenShard([row_id.ljust(16) for row_id in row_ids], rng.integers(0, 4096, (rows, seq + 1), dtype=np.int32))
+
+
+def labels_of(tokens: TokenShard, salt: int = 0) -> Labels:
+    """Columns like those of sampled labels: 15 ids with counts a position, of two and one bytes."""
+    rng = np.random.default_rng(salt)
+    rows, positions = len(tokens.row_ids), tokens.ids.shape[1] - 1
+    ids = np.sort(rng.zipf(1.3, (rows, positions, 15)).clip(max=4095), axis=2).astype("<u2")
+    counts = rng.integers(1, 12, ids.shape, dtype=np.uint8)
+    return {
+        "n@1": [bytes([15]) * positions for _ in range(rows)],
+        "ids@1": [row.tobytes() for row in ids],
+        "counts@1": [row.tobytes() for row in counts],
+    }
+
+
+def manifest_of(shards: list[TokenShard]) -> TokenManifest:
+    records = tuple(
+        ShardRecord(sha256=f"{i:064d}", bytes=1, file=f"{i}.parquet", rows=len(t.row_ids)) for i, t in enumerate(shards)
+    )
+    return TokenManifest(
+        fingerprint="t",
+        seq_len=8,
+        vocab_size=4096,
+        tokenizer_sha256="",
+        train=records,
+        heldout=(),
+        documents=1,
+        heldout_documents=1,
+        skipped_documents=0,
+        dropped_tokens=0,
+    )
+
+
+def temporary_files(store: LocalStore) -> list[Path]:
+    return list(store.root.rglob(".tmp*"))
+
+
+def flip(file: Path, bit: int) -> None:
+    with file.open("r+b") as opened:
+        byte = os.pread(opened.fileno(), 1, bit // 8)[0]
+        os.pwrite(opened.fileno(), bytes([byte ^ 1 << bit % 8]), bit // 8)
+
+
+def commit_all(log: LabelLog, shards: list[TokenShard]) -> list[ShardRecord]:
+    return [log.commit(shard, tokens, labels_of(tokens)) for shard, tokens in enumerate(shards)]
