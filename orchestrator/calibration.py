@@ -41,7 +41,7 @@ from orchestrator.student.feed import MicroBatch
 from orchestrator.student.job import Soft, TrainingJob
 from orchestrator.student.trainer import start_trainer
 from orchestrator.student.worker import train_step
-from orchestrator.teacher.backend import TransformersBackend
+from orchestrator.teacher.backend import Replica, TransformersBackend
 
 DEPTHS = (1, 3)
 """Blocks of the stand-ins, beyond those that the architecture begins with in another form."""
@@ -112,9 +112,10 @@ def step_time(job: TrainingJob, micro_batches: list[MicroBatch], clock: Clock = 
 def _lesson(job: Job, model: Model, vocab: int, folder: Path, clock: Clock) -> tuple[MicroBatch, float]:
     """Rows of random ids with the labels of a teacher built from `model`, and the FLOP/s at which it made them."""
     spec, rows = job.teacher, Batch.of(job.train).micro_rows
-    torch.nn.Module.to(drawn := build_model(model, vocab, 0, "teacher.model"), DTYPES[spec.dtype])
+    drawn = build_model(model, vocab, 0, "teacher.model")
+    torch.nn.Module.to(drawn, DTYPES[spec.dtype])
     drawn.save_pretrained(folder)
-    teacher = TransformersBackend(folder, spec.dtype, gpus=spec.gpus_per_replica)
+    teacher = TransformersBackend(Replica(str(folder), spec.dtype, gpus=spec.gpus_per_shard))
     labels = _plain(job.labels)
     head = load_head(folder, DTYPES[spec.dtype], device(job.train.gpus_per_worker))
     codec = Codec(labels, Frame(vocab, job.data.seq_len, head))
@@ -151,9 +152,7 @@ def _training(job: Job, model: Model, vocab: int, teacher: Path) -> TrainingJob:
     alone: dict[str, Any] = {"parallel": parallel, "workers": 1, "global_batch": rows, "micro_batch": rows}
     train: Train = job.train.model_copy(update=alone | {"steps": WARM + MEASURED, "warmup_steps": 1})
     objective = job.objective.model_copy(update={"features": ()})
-    counts = {"documents": 0, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
-    shape = {"seq_len": job.data.seq_len, "vocab_size": vocab, "tokenizer_sha256": ""}
-    manifest = TokenManifest.model_validate({"fingerprint": "", "train": (), "heldout": (), **shape, **counts})
+    manifest = TokenManifest.without_corpus(job.data.seq_len, vocab)
     soft = Soft("", _plain(job.labels), objective, str(teacher), job.teacher.dtype)
     return TrainingJob("student", model, vocab, train, job.seed, "", manifest, soft)
 

@@ -11,13 +11,15 @@ from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.run import Run
 from orchestrator.runtime.session import replicas_that_fit
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import Model, Replicas, vllm_of
+from orchestrator.spec.labels import kept_features
+from orchestrator.spec.model import Model, Replicas, TeacherBase, vllm_of
 from orchestrator.store.label_log import LabelLog, Ledger, Seal
 from orchestrator.store.records import ModelFolder, Tokens, finished_model
 from orchestrator.student.job import Ahead, Initial, Soft, TrainingJob
 from orchestrator.tracking import names
 
 if TYPE_CHECKING:
+    from orchestrator.teacher.backend import Replica
     from orchestrator.teacher.labeller import Labelling
     from orchestrator.teacher.usage import Usage
 
@@ -158,16 +160,18 @@ def _work(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
     return Labelling(
         store=run.store,
         data_folder=tokens.folder,
-        model=teacher.address,
+        replica=replica_of(spec, teacher, kept_features(run.job.labels)),
         vocab_size=teacher.manifest.vocab_size,
-        dtype=spec.dtype,
         labels=run.job.labels if behind else run.job.labels.model_copy(update={"run_ahead": None}),
         log_key=demand.log.key,
         micro_batch=spec.micro_batch,
-        threads=max(1, int(spec.cpus_per_shard)),
         board=run.board,
-        shards=spec.shards,
-        cpus=spec.cpus_per_shard,
-        gpus=spec.gpus_per_shard,
         vllm=vllm_of(spec),
     )
+
+
+def replica_of(spec: TeacherBase, teacher: ModelFolder, features: tuple[str, ...] = ()) -> Replica:
+    """What every replica of `teacher` consists of, with the inner `features` that it is to tell."""
+    from orchestrator.teacher.backend import Replica
+
+    return Replica(teacher.address, spec.dtype, features, spec.shards, spec.cpus_per_shard, spec.gpus_per_shard)

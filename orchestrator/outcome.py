@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.labelling import Labelled
+from orchestrator.labelling import Labelled, replica_of
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.run import Run
 from orchestrator.runtime.versions import versions
 from orchestrator.store.records import ModelFolder, Tokens
 
 if TYPE_CHECKING:
-    from orchestrator.evaluate.measure import Measured
+    from orchestrator.evaluate.measure import Measured, Spread
 
 
 def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolder, baseline: ModelFolder | None) -> Measured:
@@ -33,10 +36,27 @@ def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolde
         cpus = max(1, min(run.plan.cpu_slots, os.cpu_count() or 1)) if job.cluster.address == "local" else 1
         spec = job.evaluate
         heldout = Heldout(run.store, tokens.folder, tokens.manifest, spec.rows)
-        measured = measure(heldout, subjects, spec.micro_batch, cpus)
+        with _led(run, teacher) as spread:
+            measured = measure(heldout, subjects, spec.micro_batch, cpus, spread)
         for name in subjects:
             stage.figures |= {f"{name}/{figure}": value for figure, value in measured.figures[name].items()}
     return measured
+
+
+@contextmanager
+def _led(run: Run, teacher: ModelFolder) -> Iterator[Spread | None]:
+    """Room and the way to load a teacher of several shards; None for one that a process holds."""
+    from orchestrator.evaluate.measure import Spread
+    from orchestrator.teacher.make import load_answers
+    from orchestrator.teacher.placement import Placement
+
+    spec = run.job.teacher
+    if spec.shards == 1:
+        yield None
+        return
+    with Placement(teacher.manifest.content, spec, run.display.say) as room:
+        room.reserve(1)
+        yield Spread(partial(load_answers, replica_of(spec, teacher)), room.options())
 
 
 def compose(run: Run, tokens: Tokens, labels: Labelled, student: ModelFolder, measured: Measured) -> dict[str, Any]:

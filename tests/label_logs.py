@@ -42,21 +42,9 @@ def labels_of(tokens: TokenShard, salt: int = 0) -> Labels:
 
 
 def manifest_of(shards: list[TokenShard]) -> TokenManifest:
-    records = tuple(
-        ShardRecord(sha256=f"{i:064d}", bytes=1, file=f"{i}.parquet", rows=len(t.row_ids)) for i, t in enumerate(shards)
-    )
-    return TokenManifest(
-        fingerprint="t",
-        seq_len=8,
-        vocab_size=4096,
-        tokenizer_sha256="",
-        train=records,
-        heldout=(),
-        documents=1,
-        heldout_documents=1,
-        skipped_documents=0,
-        dropped_tokens=0,
-    )
+    sizes = [len(tokens.row_ids) for tokens in shards]
+    records = [ShardRecord(sha256=f"{i:064d}", bytes=1, file=f"{i}.parquet", rows=rows) for i, rows in enumerate(sizes)]
+    return TokenManifest.without_corpus(8, 4096, records)
 
 
 def temporary_files(store: LocalStore) -> list[Path]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +17,11 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from orchestrator.errors import DataError
-from orchestrator.evaluate.samples import SampleToken, sample_text
+from orchestrator.evaluate.samples import Answers, SampleToken, sample_text
 from orchestrator.evaluate.speculate import Acceptance, acceptance
 from orchestrator.evaluate.tokens import Against, by_token
-from orchestrator.models.build import device, load_model
+from orchestrator.labels.answer import Answer
+from orchestrator.models.build import device, load_model, outline
 from orchestrator.models.head import last_hidden, output_head
 from orchestrator.models.mtp import load_mtp
 from orchestrator.models.router import active_parameters
@@ -104,32 +106,64 @@ class Heldout:
         return torch.from_numpy(np.concatenate(ids)).long(), torch.from_numpy(np.concatenate(kept))
 
 
-def measure(heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cpus: int) -> Measured:
-    """Measure `subjects`, by name, among them `teacher` and `student`.
+@dataclass(frozen=True)
+class Spread:
+    """A teacher that no process holds alone, but the one that measures can lead."""
+
+    load: Callable[[], Answers]
+    options: Mapping[str, Any]
+    """Ray's, for the actor that is to lead it."""
+
+
+def measure(heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cpus: int, spread: Spread | None) -> Measured:
+    """Measure `subjects`, by name, among them `teacher` and `student`; the teacher answers itself if it is `spread`.
 
     Raises `DataError` if a model's loss on the held-out windows is not finite.
     """
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    task = _measure_task.options(num_cpus=cpus, num_gpus=gpus)
-    return ray.get(task.remote(heldout, subjects, micro_batch, cpus, gpus))
+    options: Mapping[str, Any] = spread.options if spread else {"num_cpus": cpus, "num_gpus": gpus}
+    actor: Any = _Measurer.options(**options).remote()
+    threads = max(1, int(options["num_cpus"]))
+    return ray.get(actor.measure.remote(heldout, subjects, micro_batch, threads, options["num_gpus"], spread))
 
 
-@ray.remote
-def _measure_task(heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, cpus: int, gpus: int) -> Measured:
-    limit_threads(cpus)
-    torch.set_num_threads(cpus)
-    on = device(gpus)
+@ray.remote(max_restarts=3, max_task_retries=3)
+class _Measurer:
+    """An actor, as whoever leads others must be."""
+
+    def measure(
+        self, heldout: Heldout, subjects: dict[str, Subject], micro_batch: int, threads: int, gpus: float, spread: Spread | None
+    ) -> Measured:
+        limit_threads(threads)
+        torch.set_num_threads(threads)
+        on = device(gpus)
+        here = {n: load_model(s.folder, s.dtype, on) for n, s in subjects.items() if n != "teacher" or spread is None}
+        speakers = {name: _answers(model) for name, model in here.items()} | ({"teacher": spread.load()} if spread else {})
+        return _measured(heldout, subjects, micro_batch, here, dict(sorted(speakers.items(), key=lambda s: s[0] != "teacher")))
+
+
+def _answers(model: PreTrainedModel) -> Answers:
+    head = output_head(model)
+    return lambda ids: Answer(last_hidden(model, ids.to(model.device)), head, head.vocab_size)
+
+
+def _measured(
+    heldout: Heldout,
+    subjects: dict[str, Subject],
+    micro_batch: int,
+    models: dict[str, PreTrainedModel],
+    speakers: dict[str, Answers],
+) -> Measured:
+    """What `speakers`, the teacher first, say, and what `models`, those of them that are in this process, are."""
+    on = models["student"].device
     windows, kept = (tensor.to(on) for tensor in heldout.windows())
-    models = {
-        name: load_model(subjects[name].folder, subjects[name].dtype, on) for name in sorted(subjects, key="teacher".__ne__)
-    }
-    sums = {name: _Sums() for name in models}
+    sums = {name: _Sums() for name in speakers}
     entropy: list[torch.Tensor] = []
-    for model in models.values():  # first calls build caches; they would distort the speed of whoever comes first
-        model(input_ids=windows[:1, :-1], use_cache=False)
+    for answers in speakers.values():  # first calls build caches; they would distort the speed of whoever comes first
+        answers(windows[:1, :-1])
     for part, counted in zip(windows.split(micro_batch), kept.split(micro_batch), strict=True):
-        entropy += _measure_part(models, sums, part, counted.flatten())
-    figures = {name: _figures(name, sums[name], models[name], subjects[name]) for name in subjects}
+        entropy += _measure_part(speakers, sums, part, counted.flatten())
+    figures = {name: _figures(name, sums[name], outline(subject.folder), subject) for name, subject in subjects.items()}
     for name, model in models.items():
         figures[name] |= _ahead(model, subjects[name].folder, windows, micro_batch)
     against = {
@@ -138,33 +172,33 @@ def _measure_task(heldout: Heldout, subjects: dict[str, Subject], micro_batch: i
         if name != "teacher"
     }
     tokenizer = Tokenizer.from_file(str(subjects["teacher"].folder / "tokenizer.json"))
-    samples = sample_text(models["teacher"], models["student"], windows, tokenizer)
+    samples = sample_text(speakers["teacher"], speakers["student"], windows, tokenizer)
     return Measured(figures, by_token(torch.cat(entropy).numpy(), against), samples)
 
 
 @torch.inference_mode()
 def _measure_part(
-    models: dict[str, PreTrainedModel], sums: dict[str, _Sums], windows: torch.Tensor, kept: torch.Tensor
+    speakers: dict[str, Answers], sums: dict[str, _Sums], windows: torch.Tensor, kept: torch.Tensor
 ) -> list[torch.Tensor]:
     """Add what every model, the teacher first, says about the targets of `windows` [rows, seq + 1] that are `kept`
     [rows * seq], a chunk of them at a time.
 
     Returns the entropy of what the teacher says, [targets] in chunks.
     """
-    hidden: dict[str, torch.Tensor] = {}
-    for name, model in models.items():
+    said: dict[str, Answer] = {}
+    for name, answers in speakers.items():
         started = time.perf_counter()
-        hidden[name] = last_hidden(model, windows[:, :-1]).flatten(0, 1)[kept]
+        answer = answers(windows[:, :-1])
+        said[name] = replace(answer, states=answer.states.flatten(0, 1)[kept])
         sums[name].seconds += time.perf_counter() - started
-    heads = {name: output_head(model) for name, model in models.items()}
-    chunk = head_rows(len(heads["teacher"].weight), windows.is_cuda)
+    chunk = head_rows(said["teacher"].vocab_size, windows.is_cuda)
     entropy: list[torch.Tensor] = []
     for start, target in enumerate(windows[:, 1:].flatten()[kept].split(chunk)):
         states = slice(start * chunk, start * chunk + len(target))
         teacher = torch.empty(0)
-        for name, head in heads.items():
+        for name, answer in said.items():
             started = time.perf_counter()
-            log_probs = head(hidden[name][states]).log_softmax(-1)
+            log_probs = answer.head(answer.states[states]).log_softmax(-1)
             sums[name].seconds += time.perf_counter() - started
             _accumulate(sums[name], log_probs, target)
             if name == "teacher":

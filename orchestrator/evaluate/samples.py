@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedModel
 
-from orchestrator.models.head import last_hidden, output_head
+from orchestrator.labels.answer import Answer
 
 SAMPLES, SAMPLE_TOKENS, TOP = 3, 96, 3
+
+Answers = Callable[[torch.Tensor], Answer]
+"""What a model says about ids [rows, seq]."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,16 @@ class SampleToken:
 
 
 @torch.inference_mode()
-def sample_text(
-    teacher: PreTrainedModel, student: PreTrainedModel, windows: torch.Tensor, tokenizer: Tokenizer
-) -> list[list[SampleToken]]:
+def sample_text(teacher: Answers, student: Answers, windows: torch.Tensor, tokenizer: Tokenizer) -> list[list[SampleToken]]:
     """The beginnings of `SAMPLES` of `windows` [rows, seq + 1], evenly chosen; their first tokens are context alone."""
     count = min(SAMPLES, len(windows))
     return [_sample(teacher, student, windows[i * len(windows) // count, : SAMPLE_TOKENS + 1], tokenizer) for i in range(count)]
 
 
-def _sample(teacher: PreTrainedModel, student: PreTrainedModel, ids: torch.Tensor, tokenizer: Tokenizer) -> list[SampleToken]:
+def _sample(teacher: Answers, student: Answers, ids: torch.Tensor, tokenizer: Tokenizer) -> list[SampleToken]:
     """The tokens after the first of `ids` [n + 1]; holds [n, vocab] of both models, and n is small."""
-    theirs, ours = (output_head(m)(last_hidden(m, ids[None, :-1])[0]).log_softmax(-1) for m in (teacher, student))
+    said = (speaker(ids[None, :-1]) for speaker in (teacher, student))
+    theirs, ours = (answer.head(answer.states[0]).log_softmax(-1) for answer in said)
     kl = (theirs.exp() * (theirs - ours)).sum(-1).tolist()
     chances = [log_probs.gather(1, ids[1:, None])[:, 0].exp().tolist() for log_probs in (theirs, ours)]
     guesses = [_guesses(tokenizer, log_probs) for log_probs in (theirs, ours)]

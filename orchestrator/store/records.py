@@ -66,6 +66,23 @@ class TokenManifest(Record):
     target_share: float = 1.0
     """Of the training positions, those that are learnt from; the others are prompts."""
 
+    @classmethod
+    def without_corpus(
+        cls, seq_len: int, vocab_size: int, train: Iterable[ShardRecord] = (), target_share: float = 1.0
+    ) -> TokenManifest:
+        """Of shards that were not made from documents, such as random ids to measure with."""
+        counts = {"documents": 0, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
+        return cls(
+            fingerprint="",
+            seq_len=seq_len,
+            vocab_size=vocab_size,
+            tokenizer_sha256="",
+            train=tuple(train),
+            heldout=(),
+            target_share=target_share,
+            **counts,
+        )
+
     @property
     def content(self) -> str:
         """Hex identity of the tokens themselves, however they were made."""

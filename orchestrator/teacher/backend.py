@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -14,6 +15,7 @@ from orchestrator.models.build import DTYPES, device, load_model, outline
 from orchestrator.models.features import captured, feature_widths
 from orchestrator.models.head import check_head, last_hidden, output_head
 from orchestrator.models.sharded import ShardedHead, load_share
+from orchestrator.store.files import local_folder
 
 
 class Teacher(Protocol):
@@ -22,26 +24,42 @@ class Teacher(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Replica:
+    """What a replica of a teacher consists of."""
+
+    model: str
+    """Address of its folder."""
+    dtype: Literal["bf16", "fp32"]
+    features: tuple[str, ...] = ()
+    """Names of what is taken from inner layers."""
+    shards: int = 1
+    cpus: float = 1
+    """Of each shard, as Ray counts; and so are GPUs."""
+    gpus: float = 0
+    patience_s: float = 60
+    """A shard that shows no sign of life for so long is lost."""
+
+    @property
+    def threads(self) -> int:
+        """Of each shard."""
+        return max(1, int(self.cpus))
+
+
 class TransformersBackend:
     """A causal LM of transformers in this process, or this process's share of one."""
 
-    def __init__(
-        self,
-        folder: Path,
-        dtype: Literal["bf16", "fp32"],
-        features: tuple[str, ...] = (),
-        gpus: float = 0,
-        shards: int = 1,
-    ) -> None:
-        """With `shards`, every process of the default process group must make one, and call it together from then on."""
-        on = device(gpus)
-        _check_room(folder, dtype, on, shards)
-        self._model = load_model(folder, dtype, on) if shards == 1 else load_share(folder, dtype, on)
+    def __init__(self, replica: Replica) -> None:
+        """Of several shards, every process of the default process group must make one, and call it together from then on."""
+        folder, on = local_folder(replica.model), device(replica.gpus)
+        _check_room(folder, replica.dtype, on, replica.shards)
+        alone = replica.shards == 1
+        self._model = load_model(folder, replica.dtype, on) if alone else load_share(folder, replica.dtype, on)
         head = output_head(self._model)
-        self.head = head if shards == 1 else ShardedHead(head)
+        self.head = head if alone else ShardedHead(head)
         check_head(self._model, "teacher", self.head)
-        feature_widths(self._model, features, "labels.features")
-        self._features = features
+        feature_widths(self._model, replica.features, "labels.features")
+        self._features = replica.features
 
     @torch.inference_mode()
     def answer(self, ids: torch.Tensor) -> Answer:

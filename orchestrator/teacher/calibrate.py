@@ -39,8 +39,8 @@ class _Calibrator:
 
 
 def _fit(work: Labelling, shard: int) -> None:
-    limit_threads(work.threads)
-    torch.set_num_threads(work.threads)
+    limit_threads(work.replica.threads)
+    torch.set_num_threads(work.replica.threads)
     manifest = TokenManifest.load(work.store, f"{work.data_folder}/{MANIFEST}")
     assert manifest is not None
     ids = torch.from_numpy(read_tokens(work.store, f"{work.data_folder}/train", manifest.train[shard]).ids[:, :-1]).long()

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import torch
@@ -30,13 +30,8 @@ from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateIm
 from orchestrator.errors import BROKEN_LINK
 from orchestrator.labels.answer import Answer
 from orchestrator.runtime.environment import hide_gpus, limit_threads
-from orchestrator.spec.labels import kept_features
-from orchestrator.store.files import local_folder
-from orchestrator.teacher.backend import TransformersBackend
+from orchestrator.teacher.backend import Replica, TransformersBackend
 from orchestrator.teacher.placement import in_bundle
-
-if TYPE_CHECKING:
-    from orchestrator.teacher.labeller import Labelling
 
 BEAT_S = 1.0
 START_S = 600.0
@@ -50,7 +45,7 @@ BLAME_S = 5.0
 class Gang:
     """A teacher on the processes of this actor's placement group."""
 
-    def __init__(self, work: Labelling) -> None:
+    def __init__(self, replica: Replica) -> None:
         group, host = ray.util.get_current_placement_group(), ray.util.get_node_ip_address()
         door = socket.create_server((host, 0))
         door.settimeout(START_S)
@@ -58,10 +53,10 @@ class Gang:
         leader = ray.get_runtime_context().current_actor
         assert group is not None
         self._others: list[Any] = [
-            TeacherShard.options(**in_bundle(group, shard, work.cpus, work.gpus)).remote(
-                work, shard, (host, door.getsockname()[1]), leader if shard == 1 else None
+            TeacherShard.options(**in_bundle(group, shard, replica.cpus, replica.gpus)).remote(
+                replica, shard, (host, door.getsockname()[1]), leader if shard == 1 else None
             )
-            for shard in range(1, work.shards)
+            for shard in range(1, replica.shards)
         ]
         try:
             ray.get([other.__ray_ready__.remote() for other in self._others], timeout=START_S)
@@ -70,8 +65,8 @@ class Gang:
         closing = threading.Event()  # set before the other shards are let go of
         weakref.finalize(self, closing.set)
         for _ in self._others:
-            _watch(door.accept()[0], work.patience_s, partial(_leave, closing))
-        self._backend = self._together("load", host, store.port, own=partial(_join, work, 0, store))
+            _watch(door.accept()[0], replica.patience_s, partial(_leave, closing))
+        self._backend = self._together("load", host, store.port, own=partial(_join, replica, 0, store))
 
     def answer(self, ids: torch.Tensor) -> Answer:
         answer = self._together("answer", ids, own=partial(self._backend.answer, ids))
@@ -94,17 +89,17 @@ class Gang:
 class TeacherShard:
     """Any shard of a gang but the first."""
 
-    def __init__(self, work: Labelling, shard: int, contact: tuple[str, int], leader: Any) -> None:
-        limit_threads(work.threads)
-        torch.set_num_threads(work.threads)
-        self._work, self._shard = work, shard
+    def __init__(self, replica: Replica, shard: int, contact: tuple[str, int], leader: Any) -> None:
+        limit_threads(replica.threads)
+        torch.set_num_threads(replica.threads)
+        self._replica, self._shard = replica, shard
         self._backend: TransformersBackend
-        _watch(socket.create_connection(contact, START_S), work.patience_s, partial(_follow, leader))
+        _watch(socket.create_connection(contact, START_S), replica.patience_s, partial(_follow, leader))
 
     def load(self, host: str, port: int) -> None:
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=START_S))
         with _breaking_the_link():
-            self._backend = _join(self._work, self._shard, store)
+            self._backend = _join(self._replica, self._shard, store)
 
     def answer(self, ids: torch.Tensor) -> None:
         with _breaking_the_link():
@@ -115,11 +110,11 @@ class TeacherShard:
             self._backend.head(self._backend.empty(shape))
 
 
-def _join(work: Labelling, shard: int, store: Store) -> TransformersBackend:
-    if not work.gpus:
+def _join(replica: Replica, shard: int, store: Store) -> TransformersBackend:
+    if not replica.gpus:
         hide_gpus()  # transformers would put a share wherever there is one
-    dist.init_process_group("nccl" if work.gpus else "gloo", store=store, rank=shard, world_size=work.shards)
-    return TransformersBackend(local_folder(work.model), work.dtype, kept_features(work.labels), work.gpus, work.shards)
+    dist.init_process_group("nccl" if replica.gpus else "gloo", store=store, rank=shard, world_size=replica.shards)
+    return TransformersBackend(replica)
 
 
 @contextmanager

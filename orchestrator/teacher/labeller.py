@@ -6,7 +6,7 @@ import os
 import time
 import weakref
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ray
 import torch
@@ -23,6 +23,7 @@ from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import MANIFEST, TokenManifest
 from orchestrator.store.shards import TokenShard, read_tokens
+from orchestrator.teacher.backend import Replica
 from orchestrator.teacher.make import make_teacher
 from orchestrator.teacher.placement import leave_placement
 
@@ -35,22 +36,12 @@ class Labelling:
 
     store: Store
     data_folder: str
-    model: str
-    """Address of the teacher's folder."""
+    replica: Replica
     vocab_size: int
-    dtype: Literal["bf16", "fp32"]
     labels: Labels
     log_key: str
     micro_batch: int
-    threads: int
-    """Of each shard."""
     board: Any
-    shards: int = 1
-    cpus: float = 1
-    """Of each shard, as Ray counts; and so are GPUs."""
-    gpus: float = 0
-    patience_s: float = 60
-    """A shard that shows no sign of life for so long is lost."""
     vllm: VllmServer | None = None
     """Answers instead."""
 
@@ -59,8 +50,8 @@ class Labeller:
     """Actor of the teacher pool. One call labels and commits the shards of one batch, in order."""
 
     def __init__(self, labelling: Labelling) -> None:
-        limit_threads(labelling.threads)
-        torch.set_num_threads(labelling.threads)
+        limit_threads(labelling.replica.threads)
+        torch.set_num_threads(labelling.replica.threads)
         self._work = labelling
         manifest = TokenManifest.load(labelling.store, f"{labelling.data_folder}/{MANIFEST}")
         assert manifest is not None

@@ -1,12 +1,15 @@
-"""Which teacher a labelling has."""
+"""Which teacher there is: in this process, led by it, or behind a server."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from orchestrator.spec.labels import TopkLabels, kept_features
-from orchestrator.store.files import local_folder
-from orchestrator.teacher.backend import Teacher, TransformersBackend
+import torch
+
+from orchestrator.labels.answer import Answer
+from orchestrator.spec.labels import TopkLabels
+from orchestrator.teacher.backend import Replica, Teacher, TransformersBackend
 from orchestrator.teacher.gang import Gang
 from orchestrator.teacher.vllm import VllmBackend
 
@@ -15,10 +18,18 @@ if TYPE_CHECKING:
 
 
 def make_teacher(work: Labelling) -> Teacher:
-    """The teacher of `work`: in this process, led by it, or behind a server."""
+    """Who answers for the labels of `work`."""
     if work.vllm:
         assert isinstance(work.labels, TopkLabels)
         return VllmBackend(work.vllm, work.labels.k, work.vocab_size)
-    if work.shards > 1:
-        return Gang(work)
-    return TransformersBackend(local_folder(work.model), work.dtype, kept_features(work.labels), work.gpus)
+    return load_replica(work.replica)
+
+
+def load_replica(replica: Replica) -> Teacher:
+    """Load `replica` here; one of several shards takes an actor in a placement group of as many bundles."""
+    return Gang(replica) if replica.shards > 1 else TransformersBackend(replica)
+
+
+def load_answers(replica: Replica) -> Callable[[torch.Tensor], Answer]:
+    """The `answer` of a replica that is loaded here."""
+    return load_replica(replica).answer

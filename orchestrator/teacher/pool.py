@@ -32,8 +32,8 @@ def label_shards(
             fn_constructor_args=(work,),
             batch_size=1,
             compute=pool,
-            num_cpus=work.cpus,
-            num_gpus=work.gpus,
+            num_cpus=work.replica.cpus,
+            num_gpus=work.replica.gpus,
             # The one way to a placement group for each actor, until Ray Data's pools have their own (ray#64090); the public
             # map_batches takes it too, with a warning that it will go with Ray 2.64.
             ray_remote_args_fn=placement.options,

@@ -23,7 +23,7 @@ from orchestrator.store.shards import read_tokens
 from orchestrator.student.engine import build_distiller
 from orchestrator.student.feed import Feed
 from orchestrator.student.job import Soft, TrainingJob
-from orchestrator.teacher.backend import TransformersBackend
+from orchestrator.teacher.backend import Replica, TransformersBackend
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def train(store: LocalStore, job: Job, training: TrainingJob) -> dict[str, float
 def label(store: LocalStore, job: Job, training: TrainingJob) -> dict[str, float]:
     """Tokens per second of forward pass and label extraction over the demanded shards, nothing written."""
     (teacher_key,) = store.keys("teacher")
-    teacher = TransformersBackend(store.path(f"teacher/{teacher_key}/{MODEL}"), job.teacher.dtype)
+    teacher = TransformersBackend(Replica(store.address(f"teacher/{teacher_key}/{MODEL}"), job.teacher.dtype))
     kind = Codec(job.labels, Frame(training.vocab_size, training.manifest.seq_len))
     shards = [
         read_tokens(store, f"{training.data_folder}/train", training.manifest.train[s]) for s in training.demanded_shards()

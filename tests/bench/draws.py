@@ -36,7 +36,7 @@ from orchestrator.spec.load import load_job
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MODEL, TokenManifest
 from orchestrator.store.shards import read_tokens, to_parquet
-from orchestrator.teacher.backend import TransformersBackend
+from orchestrator.teacher.backend import Replica, TransformersBackend
 
 HERE = Path(__file__).parent
 JOBS = HERE.parent.parent / "jobs"
@@ -83,7 +83,7 @@ def finished(name: str, shards: int) -> Text:
     student = load_model(store.path(f"student/{made['student']}/{MODEL}"), "fp32", torch.device("cpu"))
     ids = torch.from_numpy(np.concatenate([t.ids for t in tokens])).long()
     row_ids = [row_id for t in tokens for row_id in t.row_ids]
-    return Text(TransformersBackend(teacher, job.teacher.dtype), student, ids, row_ids, manifest.vocab_size)
+    return Text(TransformersBackend(Replica(str(teacher), job.teacher.dtype)), student, ids, row_ids, manifest.vocab_size)
 
 
 def vocabulary(folder: Path) -> int:

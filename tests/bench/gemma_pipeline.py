@@ -51,8 +51,7 @@ def training_job(root: Path, parallel: dict[str, Any], workers: int) -> Any:
     batch = {"global_batch": ROWS, "micro_batch": 1, "workers": workers, "steps": STEPS, "warmup_steps": 1}
     train = Train.model_validate(batch | {"learning_rate": RATE, "precision": "fp32", "parallel": parallel})
     vocab = vocab_size_of(root / "model", "student.path")
-    counts = {"documents": 0, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
-    manifest = TokenManifest(fingerprint="", seq_len=SEQ, vocab_size=vocab, tokenizer_sha256="", train=(), heldout=(), **counts)
+    manifest = TokenManifest.without_corpus(SEQ, vocab)
     return TrainingJob("student", Initial(folder=str(root / "model"), content=""), vocab, train, 0, "", manifest, None)
 
 

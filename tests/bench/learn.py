@@ -37,7 +37,7 @@ from orchestrator.store.shards import TokenShard, read_tokens
 from orchestrator.student.engine import build_distiller
 from orchestrator.student.feed import MicroBatch
 from orchestrator.student.job import Soft, TrainingJob
-from orchestrator.teacher.backend import TransformersBackend
+from orchestrator.teacher.backend import Replica, TransformersBackend
 
 HERE = Path(__file__).parent
 JOB = HERE.parent.parent / "jobs" / "quickstart.yaml"
@@ -145,7 +145,7 @@ def answered(job: Job, case: Case) -> list[list[Lesson]]:
     """All micro-batches of a training, by step, each with the teacher's answer."""
     training, teacher = (
         case.training(job, False),
-        TransformersBackend(Path(case.teacher), job.teacher.dtype, kept_features(job.labels)),
+        TransformersBackend(Replica(case.teacher, job.teacher.dtype, kept_features(job.labels))),
     )
     size, shards = Batch.of(job.train).micro_rows, dict[int, TokenShard]()
     lessons: list[list[Lesson]] = []

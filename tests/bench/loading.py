@@ -41,8 +41,7 @@ def training_job(width: int, blocks: int, strategy: str, folder: Path | None) ->
     from orchestrator.student.job import Initial, TrainingJob
 
     train = Train(workers=RANKS, micro_batch=1, parallel=STRATEGIES[strategy])  # type: ignore[arg-type]
-    counts = {"documents": 0, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
-    manifest = TokenManifest(fingerprint="", seq_len=8, vocab_size=VOCAB, tokenizer_sha256="", train=(), heldout=(), **counts)
+    manifest = TokenManifest.without_corpus(8, VOCAB)
     start = shape(width, blocks) if folder is None else Initial(folder=str(folder), content="")
     return TrainingJob("student", start, VOCAB, train, SEED, "", manifest, None)
 

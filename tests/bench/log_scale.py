@@ -61,10 +61,8 @@ def labels_of(shard: int) -> dict[str, list[bytes]]:
 
 
 def manifest_of(shards: int) -> TokenManifest:
-    records = tuple(ShardRecord(file=f"{i}.parquet", sha256=f"{i:064d}", bytes=1, rows=ROWS) for i in range(shards))
-    counts = {"documents": 1, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
-    sizes = {"seq_len": SEQ, "vocab_size": 1 << 20}
-    return TokenManifest(fingerprint="", tokenizer_sha256="", train=records, heldout=(), **sizes, **counts)
+    records = [ShardRecord(file=f"{i}.parquet", sha256=f"{i:064d}", bytes=1, rows=ROWS) for i in range(shards)]
+    return TokenManifest.without_corpus(SEQ, 1 << 20, records)
 
 
 def commit_range(root: Path, shards: range) -> None:

@@ -68,8 +68,7 @@ def training_job(name: str, micro_batches: int, ranks: int, parallel: dict[str, 
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False}
     batch = {"global_batch": micro_batches * MICRO_ROWS, "micro_batch": MICRO_ROWS, "workers": ranks}
     train = Train.model_validate(batch | {"precision": "fp32", "parallel": parallel})
-    counts = {"documents": 0, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
-    manifest = TokenManifest(fingerprint="", seq_len=SEQ, vocab_size=vocab, tokenizer_sha256="", train=(), heldout=(), **counts)
+    manifest = TokenManifest.without_corpus(SEQ, vocab)
     model = Model(type="llama", config=shape | heads)
     return TrainingJob("student", model, vocab, train, SEED, "", manifest, None)
 

@@ -110,9 +110,7 @@ def training_job(training: Case) -> Any:
 
     job = job_of(training)
     soft = Soft("", job.labels, job.objective, "/nowhere", "bf16")
-    counts = {"documents": 0, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
-    shape = {"seq_len": training["seq"], "vocab_size": training["vocab"], "tokenizer_sha256": ""}
-    manifest = TokenManifest.model_validate({"fingerprint": "", "train": (), "heldout": (), **shape, **counts})
+    manifest = TokenManifest.without_corpus(training["seq"], training["vocab"])
     return TrainingJob("student", student_model(job), training["vocab"], job.train, 0, "", manifest, soft)
 
 

@@ -37,6 +37,7 @@ from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MANIFEST, TokenManifest
 from orchestrator.store.shards import TokenShard, put_shard
+from orchestrator.teacher.backend import Replica
 from orchestrator.teacher.labeller import Labeller, Labelling
 from orchestrator.teacher.pool import label_shards
 
@@ -59,22 +60,17 @@ def prepare(store: LocalStore) -> Labelling:
     model.save_pretrained(store.path("teacher"))
     ids = np.random.default_rng(0).integers(0, VOCAB, (SHARDS, ROWS, SEQ + 1), dtype=np.int32)
     tokens = [TokenShard([f"{s:08d}{r:08d}".encode() for r in range(ROWS)], ids[s]) for s in range(SHARDS)]
-    records = tuple(put_shard(store, "data/train", index, shard.to_table()) for index, shard in enumerate(tokens))
-    counts = {"documents": 1, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
-    sizes = {"seq_len": SEQ, "vocab_size": VOCAB}
-    manifest = TokenManifest(fingerprint="", tokenizer_sha256="", train=records, heldout=(), **sizes, **counts)
+    records = [put_shard(store, "data/train", index, shard.to_table()) for index, shard in enumerate(tokens)]
+    manifest = TokenManifest.without_corpus(SEQ, VOCAB, records)
     manifest.save(store, f"data/{MANIFEST}")
     return Labelling(
         store=store,
         data_folder="data",
-        model=store.path("teacher"),
+        replica=Replica(store.address("teacher"), "bf16"),
         vocab_size=VOCAB,
-        dtype="bf16",
         labels=SampledLabels(samples=50, run_ahead=None),
         log_key="",
         micro_batch=4,
-        threads=1,
-        gpus=0,
         board=None,
     )
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from orchestrator.models.build import build_model, load_model
 from orchestrator.spec.model import Model
-from orchestrator.teacher.backend import TransformersBackend
+from orchestrator.teacher.backend import Replica, TransformersBackend
 from tests.bench.memory import HighWater, anonymous, peak, reset_peak
 from tests.parity.ranks import run_on_ranks
 from tests.tiny import distill, metric_points, tiny_job, write_corpus, write_job
@@ -69,7 +69,7 @@ def loaded(folder: str) -> dict[str, int]:
     gc.collect()
     before, own = reset_peak(), anonymous()
     with HighWater(anonymous) as high:
-        teacher = TransformersBackend(Path(folder), "bf16", shards=dist.get_world_size())
+        teacher = TransformersBackend(Replica(folder, "bf16", shards=dist.get_world_size()))
     gc.collect()
     grown = torch.tensor([high.value - own, anonymous() - own, peak() - before])
     dist.all_reduce(grown, dist.ReduceOp.MAX)
@@ -94,14 +94,14 @@ def compare(folder: Path, gemma: Path) -> dict[str, Any]:
 def said(folder: str, ids: list[int], answers: str) -> dict[str, float]:
     shards = dist.get_world_size()
     rows = torch.tensor(ids).view(ROWS, SEQ)
-    exact = TransformersBackend(Path(folder), "fp32", shards=shards)
+    exact = TransformersBackend(Replica(folder, "fp32", shards=shards))
     log_probs = torch.cat([logits.log_softmax(-1) for logits in exact.answer(rows[:1]).logits()])
     if dist.get_rank() == 0:
         torch.save(log_probs.clone(), Path(answers) / f"said-{shards}.pt")
     del exact, log_probs
     gc.collect()
     before = reset_peak()
-    teacher = TransformersBackend(Path(folder), "bf16", shards=shards)
+    teacher = TransformersBackend(Replica(folder, "bf16", shards=shards))
     grown = torch.tensor([peak() - before])
     dist.all_reduce(grown, dist.ReduceOp.MAX)
     began = time.perf_counter()

@@ -24,7 +24,7 @@ from orchestrator.spec.model import Model
 from orchestrator.spec.objective import Objective
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
-from orchestrator.teacher.backend import TransformersBackend
+from orchestrator.teacher.backend import Replica, TransformersBackend
 
 VOCAB, SEQ = 67, 12
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -77,7 +77,7 @@ def test_a_teacher_answers_with_its_features(seed: int, tmp_path: Path) -> None:
     made, ids = model_of(TEACHER, seed), ids_of(seed)
     made.save_pretrained(tmp_path)
     labels = DenseLabels(kind="dense", features=KEPT)
-    answer = TransformersBackend(tmp_path, "fp32", kept_features(labels)).answer(ids)
+    answer = TransformersBackend(Replica(str(tmp_path), "fp32", kept_features(labels))).answer(ids)
     codec = Codec(labels, Frame(VOCAB, SEQ))
     arrays = codec.unpack(codec.pack(codec.extract(answer, [bytes(16)] * 3)))
     back = codec.features(arrays)
@@ -85,7 +85,7 @@ def test_a_teacher_answers_with_its_features(seed: int, tmp_path: Path) -> None:
     for name, states in back.items():
         assert torch.allclose(states.float(), answer.features[name], rtol=1e-3, atol=1e-3), name
     with pytest.raises(SpecError, match=r"labels\.features: hidden\.5 asked for, but Qwen3ForCausalLM has 4 layers"):
-        TransformersBackend(tmp_path, "fp32", ("hidden.5",))
+        TransformersBackend(Replica(str(tmp_path), "fp32", ("hidden.5",)))
 
 
 @pytest.mark.parametrize("codec,bound", [("fp16", 2**-11), ("int8", 0.5 / 127)])

@@ -82,7 +82,8 @@ def test_figures_are_of_the_learnt_targets(seed: int) -> None:
     case = Case(seed)
     models = {"teacher": build_model(MODEL, VOCAB, seed + 1, "teacher"), "student": build_model(MODEL, VOCAB, seed, "student")}
     sums = {name: measure._Sums() for name in models}
-    measure._measure_part(models, sums, case.ids, case.kept.flatten())
+    speakers = {name: measure._answers(model) for name, model in models.items()}
+    measure._measure_part(speakers, sums, case.ids, case.kept.flatten())
     with torch.no_grad():
         p, q = (model(input_ids=case.ids[:, :-1]).logits.double().log_softmax(-1)[case.kept] for model in models.values())
     target = case.ids[:, 1:][case.kept]

@@ -21,7 +21,7 @@ from orchestrator.models.build import build_model
 from orchestrator.spec.labels import TopkLabels
 from orchestrator.spec.model import Model, VllmServer
 from orchestrator.teacher import vllm
-from orchestrator.teacher.backend import Teacher, TransformersBackend
+from orchestrator.teacher.backend import Replica, Teacher, TransformersBackend
 from orchestrator.teacher.vllm import VllmBackend
 
 VOCAB, SEQ, K, LIMIT, KEY = 61, 12, 8, 20, "token-of-the-test"
@@ -94,7 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def local(folder: Path) -> TransformersBackend:
-    return TransformersBackend(folder, "fp32")
+    return TransformersBackend(Replica(str(folder), "fp32"))
 
 
 @pytest.fixture

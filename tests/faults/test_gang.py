@@ -17,12 +17,10 @@ from ray.util.placement_group import placement_group_table
 from orchestrator.errors import EnvironmentFault
 from orchestrator.models.build import build_model
 from orchestrator.runtime.board import STUDENT_SHARDS, start_board
-from orchestrator.spec.labels import SampledLabels
 from orchestrator.spec.model import Model, TeacherBase
-from orchestrator.store.files import open_store
 from orchestrator.teacher import placement
-from orchestrator.teacher.labeller import Labelling
-from orchestrator.teacher.make import make_teacher
+from orchestrator.teacher.backend import Replica
+from orchestrator.teacher.make import load_replica
 from orchestrator.teacher.pace import ASK_EVERY_S, Pace
 from orchestrator.teacher.placement import Placement
 from orchestrator.teacher.usage import Seconds, Usage
@@ -50,8 +48,8 @@ def cluster() -> Iterator[None]:
 class Leader:
     """What the pool's actor is to Ray, without the pool."""
 
-    def __init__(self, work: Labelling) -> None:
-        self._teacher = make_teacher(work)
+    def __init__(self, replica: Replica) -> None:
+        self._teacher = load_replica(replica)
 
     def log_probs(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.cat([logits.log_softmax(-1) for logits in self._teacher.answer(ids).logits()]).clone()
@@ -70,15 +68,11 @@ def process(title: str) -> psutil.Process:
 
 def test_a_shard_that_stands_still_is_replaced_with_its_gang(seed: int, cluster: Any, tmp_path: Path) -> None:
     build_model(Model(config=SMALL), VOCAB, seed, "teacher").save_pretrained(tmp_path / "model")
-    work = Labelling(
-        *(open_store(str(tmp_path)), "", tmp_path / "model", VOCAB, "fp32", SampledLabels(), "key", 2, 1, None),
-        shards=2,
-        patience_s=PATIENCE_S,
-    )
+    replica = Replica(str(tmp_path / "model"), "fp32", shards=2, patience_s=PATIENCE_S)
     ids = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(seed))
     with Placement("key", TeacherBase(shards=2), print) as room:
         room.reserve(1)
-        leader = Leader.options(**room.options()).remote(work)
+        leader = Leader.options(**room.options()).remote(replica)
         said = ray.get(leader.log_probs.remote(ids))
         for title in (SHARD, LEADER):
             gang = [process(LEADER), process(SHARD)]

@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.faults.trials import Late, strike_in_time, wait_for
 from tests.tiny import (
     DISTILL,
     LABELLER,
-    PATIENCE_S,
     STEPS,
     TRAINER,
     Command,
@@ -56,8 +55,6 @@ MOMENTS = {
     "worker": ("time", "step", "checkpoint"),
 }
 KINDS = tuple(MOMENTS)
-ATTEMPTS = 5
-"""A moment can come too late, after the end of what was to be killed; it is then drawn earlier."""
 
 
 @dataclass(frozen=True)
@@ -96,32 +93,17 @@ class Killed:
     steps: int
 
 
-class Late(Exception):
-    """The moment came after the end of what was to be killed."""
-
-
 def test_killed_and_continued(trial: int, fault_seed: int, reference: Reference, tmp_path: Path) -> None:
     drawn = Trial.draw(fault_seed, trial)
-    print(json.dumps({"trial": trial, **asdict(drawn)}), flush=True)
-    for attempt in range(ATTEMPTS):
-        folder = tmp_path / str(attempt)
-        try:
-            facts = run_trial(drawn, attempt, reference, folder)
-            break
-        except Late:
-            print(json.dumps({"trial": trial, "attempt": attempt, "late": True}), flush=True)
-            shutil.rmtree(folder)
-    else:
-        pytest.fail(f"the kill never met a living process in {ATTEMPTS} attempts")
-    print(json.dumps({"trial": trial, **asdict(drawn), "attempt": attempt, **facts}), flush=True)
+    strike_in_time(trial, drawn, lambda sooner, folder: run_trial(drawn, sooner, reference, folder), tmp_path)
 
 
-def run_trial(trial: Trial, attempt: int, reference: Reference, folder: Path) -> Json:
+def run_trial(trial: Trial, sooner: float, reference: Reference, folder: Path) -> Json:
     """Kill, see the run to its end, and compare; the figures of the trial."""
     job = reference.copy(folder)
     storage, file = Path(job["storage"]), write_job(job)
     with started(folder / "log", *DISTILL, "run", file) as run:
-        await_moment(trial, attempt, run, storage, reference)
+        await_moment(trial, sooner, run, storage, reference)
         killed = kill_now(trial, run, storage)
         if trial.kind == "teacher" and len(killed.commits) == reference.shards:
             raise Late
@@ -162,9 +144,9 @@ def see_through(trial: Trial, run: Command, folder: Path, file: Path) -> Ended:
 # When.
 
 
-def await_moment(trial: Trial, attempt: int, run: Command, storage: Path, reference: Reference) -> None:
+def await_moment(trial: Trial, sooner: float, run: Command, storage: Path, reference: Reference) -> None:
     """Return at the moment of `trial`; raises `Late` if what is to be killed has gone by then."""
-    at = trial.at * 0.7**attempt
+    at = trial.at * sooner
     wait_for(run, lambda: any(storage.glob("labels/*/key.json")))
     begun = time.monotonic()
     span_s = reference.labels_s if trial.kind == "teacher" else reference.student_s
@@ -177,16 +159,6 @@ def await_moment(trial: Trial, attempt: int, run: Command, storage: Path, refere
     wait_for(run, reached[trial.moment])
     if trial.kind in TITLES:
         wait_for(run, lambda: run.members(TITLES[trial.kind]))
-
-
-def wait_for(run: Command, condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end, f"the moment never came\n{run.stderr[-4000:]}"
-        if not run.running:
-            run.wait().assert_ok()
-            raise Late
-        time.sleep(0.001)
 
 
 def frozen_in_checkpoint(run: Command, storage: Path, step: int) -> bool:

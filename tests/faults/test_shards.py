@@ -6,16 +6,15 @@ that leads and the other, by SIGKILL; every third trial stops it instead (SIGSTO
 
 from __future__ import annotations
 
-import json
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.faults.test_kills import Late, wait_for
+from tests.faults.trials import Late, strike_in_time, wait_for
 from tests.tiny import (
     DISTILL,
     LABELLER,
@@ -37,7 +36,6 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 SHARD = "TeacherShard"
 """In the title of the process of any shard but the leading one."""
-ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -72,15 +70,7 @@ def sharded(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> R
 
 def test_a_lost_shard_changes_nothing(shard_trial: int, fault_seed: int, sharded: Reference, tmp_path: Path) -> None:
     strike = Strike.draw(fault_seed, shard_trial)
-    for attempt in range(ATTEMPTS):
-        try:
-            facts = run_struck(strike, 0.7**attempt, sharded, tmp_path / str(attempt))
-            break
-        except Late:
-            print(json.dumps({"trial": shard_trial, "attempt": attempt, "late": True}), flush=True)
-    else:
-        pytest.fail(f"the strike never met a gang at work in {ATTEMPTS} attempts")
-    print(json.dumps({"trial": shard_trial, **asdict(strike), "attempt": attempt, **facts}), flush=True)
+    strike_in_time(shard_trial, strike, lambda sooner, folder: run_struck(strike, sooner, sharded, folder), tmp_path)
 
 
 def run_struck(strike: Strike, sooner: float, sharded: Reference, folder: Path) -> Json:

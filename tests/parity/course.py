@@ -131,17 +131,8 @@ def build_bench(root: Path, vocab: int = VOCAB) -> Bench:
         tokens = TokenShard([rng.bytes(16) for _ in range(rows)], ids, rng.random((rows, SEQ)) < 0.7)
         records.append(put_shard(store, "data/x/train", shard, tokens.to_table()))
         shards.append(tokens)
-    totals = {"documents": 1, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
-    manifest = TokenManifest(
-        fingerprint="x",
-        seq_len=SEQ,
-        vocab_size=VOCAB,
-        tokenizer_sha256="",
-        train=tuple(records),
-        heldout=(),
-        **totals,
-        target_share=sum(int(shard.loss_mask.sum()) for shard in shards) / (sum(SHARD_ROWS) * SEQ),
-    )
+    share = sum(int(shard.loss_mask.sum()) for shard in shards) / (sum(SHARD_ROWS) * SEQ)
+    manifest = TokenManifest.without_corpus(SEQ, VOCAB, records, target_share=share)
     store.path("data/x/tokenizer").mkdir()
     shape = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     build_model(Model(config=shape | {"num_key_value_heads": 2}), VOCAB, 1, "teacher").save_pretrained(store.path("teacher"))

@@ -20,7 +20,7 @@ from orchestrator.models.build import build_model, model_config
 from orchestrator.models.sharded import check_shards
 from orchestrator.spec.labels import SampledLabels
 from orchestrator.spec.model import Model
-from orchestrator.teacher.backend import TransformersBackend
+from orchestrator.teacher.backend import Replica, TransformersBackend
 from tests.parity.ranks import run_on_ranks
 
 VOCAB, ROWS, SEQ = 67, 3, 11
@@ -62,7 +62,7 @@ def spread(folders: dict[str, str], ids: list[list[int]], answers: str) -> dict[
     """Have the models of `folders` say something about `ids`, into files; the largest part of the weights on any shard."""
     shares: dict[str, float] = {}
     for name, folder in folders.items():
-        teacher = TransformersBackend(Path(folder), "fp32", FEATURES, shards=dist.get_world_size())
+        teacher = TransformersBackend(Replica(folder, "fp32", FEATURES, dist.get_world_size()))
         answer = teacher.answer(torch.tensor(ids))
         logits = torch.cat(list(answer.logits())).unflatten(0, (len(ids), -1))
         weights = dict(teacher._model.named_parameters()).values()

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from orchestrator.evaluate.measure import _measure_part, _Sums
+from orchestrator.evaluate.measure import _answers, _measure_part, _Sums
 from orchestrator.evaluate.samples import SAMPLE_TOKENS, SAMPLES, TOP, sample_text
 from orchestrator.evaluate.tokens import Against, by_entropy, by_token, kl_histogram
 from tests.conftest import TokenizedCorpus
@@ -78,12 +78,13 @@ def test_entropies_that_are_equal_share_a_bin() -> None:
 def test_measured_tokens_are_those_of_whole_distributions(seed: int) -> None:
     models = {"teacher": tiny(seed, 32), "student": tiny(seed + 1, 16), "baseline": tiny(seed + 2, 16)}
     windows = torch.randint(VOCAB, (6, 33), generator=torch.Generator().manual_seed(seed))
+    speakers = {name: _answers(model) for name, model in models.items()}
     sums = {name: _Sums() for name in models}
     entropy = torch.cat(
         [
             part
             for rows in windows.split(4)
-            for part in _measure_part(models, sums, rows, torch.ones(rows[:, 1:].numel(), dtype=torch.bool))
+            for part in _measure_part(speakers, sums, rows, torch.ones(rows[:, 1:].numel(), dtype=torch.bool))
         ]
     )
     theirs = reference(models["teacher"], windows)
@@ -106,7 +107,7 @@ def test_samples_spell_the_text_and_hold_the_models_predictions(seed: int, token
     ids = tokenizer.encode(text, add_special_tokens=False).ids[: SAMPLE_TOKENS + 1]
     windows = torch.tensor([ids] * (SAMPLES + 2))
     teacher, student = tiny(seed, 32), tiny(seed + 1, 16)
-    found = sample_text(teacher, student, windows, tokenizer)
+    found = sample_text(_answers(teacher), _answers(student), windows, tokenizer)
     assert len(found) == SAMPLES and all(len(sample) == len(ids) - 1 for sample in found)
     sample = found[0]
     spelled = "".join(t.text for t in sample)
