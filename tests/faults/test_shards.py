@@ -27,6 +27,7 @@ from tests.tiny import (
     distill,
     eventually,
     only,
+    report,
     started,
     student_weights,
     write_job,
@@ -65,6 +66,8 @@ def sharded(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> R
     assert ended.started(SHARD)
     assert_every_row_labelled_once(storage)
     assert only(storage / "labels").name == only(reference.storage / "labels").name, "the log is the same for any shards"
+    spread, whole = (report(place)["teacher"]["heldout_ce_nats"] for place in (storage, reference.storage))
+    assert spread == pytest.approx(whole, abs=1e-6), "it is evaluated on its shards"
     return Reference(job, storage, student_weights(storage), len(commits(storage)), reference.labels_s, reference.student_s)
 
 
