@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -22,6 +23,8 @@ import psutil
 from tests.tiny import PATIENCE_S, Ended, distill, eventually, kill
 
 HEAD_ADDRESS = "127.0.0.1"
+FAKE_HEAD_NODE_ID = "f" * 51 + "0" * 5
+"""Ray's provider of nodes for tests knows the head by it."""
 
 
 class Node:
@@ -30,10 +33,11 @@ class Node:
     def __init__(self, command: Sequence[str], env: dict[str, str], log: Path) -> None:
         with log.open("wb") as file:
             self._popen = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
-        self._log = log
+        self._log, self._killed = log, False
 
     def check(self) -> None:
-        assert self._popen.poll() is None, self._log.read_text()[-4000:]
+        """Fails the test if the node has ended by itself."""
+        assert self._killed or self._popen.poll() is None, self._log.read_text()[-4000:]
 
     def titles(self) -> set[str]:
         """First words of the command lines of its processes."""
@@ -45,7 +49,7 @@ class Node:
 
     def kill(self) -> int:
         """SIGKILL to all its processes, as when a machine fails; how many it hit."""
-        family = self._family()
+        family, self._killed = self._family(), True
         hits = sum(map(kill, family))
         psutil.wait_procs(family, PATIENCE_S)
         self._popen.wait(PATIENCE_S)
@@ -59,9 +63,14 @@ class Node:
 
 
 class Cluster:
-    """A head, and nodes that come and go. `env` is what the processes of the head have in their environment."""
+    """A head, and nodes that come and go. `env` is what the processes of the head have in their environment.
 
-    def __init__(self, folder: Path, cpus: int, env: dict[str, str] | None = None) -> None:
+    With `growth` an autoscaler adds nodes of so many CPUs each, at most so many of them.
+    """
+
+    def __init__(
+        self, folder: Path, cpus: int, env: dict[str, str] | None = None, growth: tuple[int, int] | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.temp = folder, Path(tempfile.mkdtemp(prefix="dc", dir="/tmp"))  # sockets need a short path
         self.token = folder / "token"
@@ -70,8 +79,15 @@ class Cluster:
         self.nodes: list[Node] = []
         self._gcs, self._dashboard = free_port(), free_port()
         self.address = f"{HEAD_ADDRESS}:{self._dashboard}"
-        head = ["--head", "--port", str(self._gcs), "--temp-dir", str(self.temp), "--ray-client-server-port", str(free_port())]
+        head = ["--head", "--port", str(self._gcs), "--ray-client-server-port", str(free_port())]
         head += ["--dashboard-host", HEAD_ADDRESS, "--dashboard-port", str(self._dashboard)]
+        if growth is not None:
+            head += ["--autoscaling-config", str(self._autoscaler(*growth))]
+            env = (env or {}) | {
+                "RAY_FAKE_CLUSTER": "1",
+                "RAY_enable_autoscaler_v2": "1",
+                "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+            }
         self.head = self._start(HEAD_ADDRESS, cpus, head, env or {}, ())
         eventually(self._healthy, "the job server answers", every_s=0.5)
 
@@ -82,6 +98,34 @@ class Cluster:
         )
         self.nodes.append(node)
         return node
+
+    def await_nodes(self, count: int) -> None:
+        """Return when the cluster has `count` living nodes."""
+
+        def there() -> bool:
+            for node in self.nodes:
+                node.check()
+            summary = json.loads(self.ask("/nodes?view=summary"))["data"]["summary"]
+            return sum(node["raylet"].get("state") == "ALIVE" for node in summary) == count
+
+        eventually(there, f"{count} nodes", every_s=0.5)
+
+    def holder(self, title: str) -> Node:
+        """The node that has the process `title`."""
+        found: list[Node] = []
+
+        def look() -> list[Node]:
+            found[:] = [node for node in self.nodes if any(title in seen for seen in node.titles())]
+            return found
+
+        eventually(look, f"some node has {title}")
+        return found[0]
+
+    def ask(self, path: str) -> bytes:
+        """What the job server answers to GET `path`."""
+        request = urllib.request.Request(f"http://{self.address}{path}")
+        request.add_header("Authorization", f"Bearer {self.token.read_text()}")
+        return urllib.request.urlopen(request, timeout=30).read()
 
     def distill(self, log: Path, *args: str | Path) -> Ended:
         """`distill ARGS --address` of this cluster, with its token."""
@@ -109,12 +153,40 @@ class Cluster:
         )
         own = [word for option in ports for word in (option, str(free_port()))]
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-        command = [*within, *ray, "--node-ip-address", ip, "--num-cpus", str(cpus), *own, *args]
+        place = str(self.temp / ip)  # in a common one, two nodes that start at once would take the same sockets
+        command = [*within, *ray, "--node-ip-address", ip, "--num-cpus", str(cpus), "--temp-dir", place, *own, *args]
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "RAY"))}
         path = f"{Path(sys.executable).parent}:{plain['PATH']}"
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
         without_us = {"PYTHONPATH": ""}  # the package has to travel
         return Node(command, plain | {"PATH": path} | without_us | auth | env, self.folder / f"node-{ip}.log")
+
+    def _autoscaler(self, cpus: int, most: int) -> Path:
+        """The file that an autoscaler is told by; its nodes are processes below that of the head."""
+        nothing = ("auth", "docker", "file_mounts")
+        lists = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
+        lists += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files")
+        head = {"resources": {}, "node_config": {}, "max_workers": 0}
+        worker = {"resources": {"CPU": cpus}, "node_config": {}, "min_workers": 0, "max_workers": most}
+        config = {
+            "cluster_name": "growing",
+            "max_workers": most,
+            "idle_timeout_minutes": 5,
+            "provider": {
+                "type": "external",  # "fake_multinode" would look for defaults that the wheel leaves out
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+                "gcs_address": f"{HEAD_ADDRESS}:{self._gcs}",
+                "head_node_id": FAKE_HEAD_NODE_ID,
+                "launch_multiple": True,
+            },
+            "head_node_type": "ray.head.default",
+            "available_node_types": {"ray.head.default": head, "worker": worker},
+        }
+        file = self.folder / "autoscaler.yaml"
+        file.write_text(json.dumps(config | {key: {} for key in nothing} | {key: [] for key in lists}))
+        return file
 
     def _healthy(self) -> bool:
         self.head.check()
@@ -128,9 +200,11 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, cpus: int, env: dict[str, str] | None = None) -> Iterator[Cluster]:
+def cluster(
+    folder: Path, cpus: int, env: dict[str, str] | None = None, growth: tuple[int, int] | None = None
+) -> Iterator[Cluster]:
     """A running cluster; nothing of it is left when the block ends."""
-    running = Cluster(folder, cpus, env)
+    running = Cluster(folder, cpus, env, growth)
     try:
         yield running
     finally:

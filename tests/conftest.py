@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["RAYO
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import secrets
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
@@ -18,6 +19,8 @@ from hypothesis import HealthCheck, settings
 from orchestrator.spec.data import Data, TextSource, TrainTokenizer
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import TokenManifest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job, and then in all it starts
 
 SEED = int(os.environ.setdefault("DISTILL_TEST_SEED", str(secrets.randbelow(2**31))))
 """The same in all processes that share out the tests: they inherit it."""

@@ -156,6 +156,14 @@ class Command:
         """Processes of the family with `title` in their command line."""
         return [p for p in self.family() if title in command_line(p)]
 
+    def until(self, condition: Callable[[], Any], every_s: float = 0.01) -> float:
+        """Wait, as long as the command runs, for `condition`; returns the seconds."""
+        began = time.monotonic()
+        while not condition():
+            assert self.running and time.monotonic() < began + PATIENCE_S, self.stderr[-4000:]
+            time.sleep(every_s)
+        return time.monotonic() - began
+
     def interrupt(self) -> None:
         """What Ctrl-C sends."""
         os.killpg(self._popen.pid, signal.SIGINT)

@@ -190,7 +190,8 @@ class JobServer:
         try:
             yield
         except AuthenticationError as error:
-            answer = "401, no token was sent" if "required" in str(error) else "403, the token is not its own"
+            refused = error.message.startswith("Authentication failed")  # without a token, Ray's client does not even ask
+            answer = "403, the token is not its own" if refused else "401, no token was sent"
             raise EnvironmentFault(f"{self.url} answers {answer}; distill doctor says where Ray looks for one") from error
         except (requests.RequestException, OSError, LookupError) as error:
             raise EnvironmentFault(f"no Ray job server answers at {self.url}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -71,22 +72,32 @@ def quiet_ray_data() -> None:
     context.issue_detectors_config.detectors = []
 
 
+def capacity() -> dict[str, float]:
+    """The most of each kind (CPU, GPU) that the cluster can have: what is there, or what its autoscaler may make of it.
+
+    Ray's own autoscalers (2.60) add nodes up to a limit that they tell nobody (ray#63012); that counts as no limit.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    have, limit = ray.cluster_resources(), state.get_max_resources_from_cluster_config()
+    untold = sys.maxsize if limit is None and is_autoscaler_v2() else 0
+    return {kind: max(have.get(kind, 0), (limit or {}).get(kind, untold)) for kind in ("CPU", "GPU")}
+
+
 def check_resources(needed: dict[str, float], what: str) -> None:
     """Raise `EnvironmentFault` if the cluster could never hold `needed` (CPU, GPU) at once."""
-    import ray
-
-    have = ray.cluster_resources()
+    have = capacity()
     for kind, amount in needed.items():
-        if amount > have.get(kind, 0):
-            raise EnvironmentFault(f"{what} need {amount:g} {kind} at once, the cluster has {have.get(kind, 0):g}")
+        if amount > have[kind]:
+            raise EnvironmentFault(f"{what} need {amount:g} {kind} at once, the cluster has {have[kind]:g}")
 
 
 def replicas_that_fit(each: dict[str, float], beside: dict[str, float]) -> int:
-    """How many times `each` (CPU, GPU) the cluster holds when `beside` is taken."""
-    import ray
-
-    have = ray.cluster_resources()
-    return min(int((have.get(kind, 0) - beside[kind]) // amount) for kind, amount in each.items() if amount)
+    """How many times `each` (CPU, GPU) the cluster can hold when `beside` is taken."""
+    have = capacity()
+    return min(int((have[kind] - beside[kind]) // amount) for kind, amount in each.items() if amount)
 
 
 def _raise_on_sigterm() -> None:

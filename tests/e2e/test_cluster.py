@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import json
 import stat
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.clusters import Cluster, Node, cluster, losing_replies
+from tests.clusters import Cluster, cluster, losing_replies
 from tests.tiny import (
     DISTILL,
     LABELLER,
-    PATIENCE_S,
     STEPS,
     TRAINER,
-    Command,
     Ended,
     Json,
+    Reference,
     assert_every_row_labelled_once,
     commits,
     distill,
     eventually,
-    make_reference,
     started,
     statuses,
     steps_seen,
@@ -90,9 +86,7 @@ def test_a_submitted_run_and_its_continuation(head: Cluster, tmp_path: Path) -> 
 
 def everything_seen(head: Cluster, storage: Path) -> bytes:
     """Run directory and storage, all that Ray keeps on disk, and all that its job server tells."""
-    request = urllib.request.Request(f"http://{head.address}/api/jobs/")
-    request.add_header("Authorization", f"Bearer {head.token.read_text()}")
-    told = urllib.request.urlopen(request, timeout=30).read()
+    told = head.ask("/api/jobs/")
     files = [f for folder in (storage, head.temp, head.folder) for f in folder.rglob("*") if stat.S_ISREG(f.lstat().st_mode)]
     assert any("job-driver-first" in f.name for f in files) and any(f.name == "job.yaml" for f in files)
     return told + b"".join(f.read_bytes() for f in files)
@@ -185,11 +179,11 @@ def test_nodes_that_do_not_fit_together(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     with cluster(tmp_path / "head", cpus=2) as running:
         running.add_node(1, env={"PYTHONPATH": str(tmp_path / "other")})
-        await_nodes(running, 2, tmp_path)
+        running.await_nodes(2)
         one_line_in_log(running.distill(tmp_path / "log", "submit", file, "--wait"), "127.0.0.2:transformers:0.0.1")
         running.nodes[0].kill()
         running.add_node(1, within=hidden)
-        await_nodes(running, 2, tmp_path)
+        running.await_nodes(2)
         one_line_in_log(running.distill(tmp_path / "log", "submit", file, "--wait"), f"storage {tmp_path}/store", "127.0.0.3")
     assert not commits(tmp_path / "store"), "refused before any work"
 
@@ -201,42 +195,28 @@ def one_line_in_log(ended: Ended, *words: str) -> None:
         assert word in line, line
 
 
-def await_nodes(running: Cluster, count: int, folder: Path) -> None:
-    """Return when the cluster has `count` living nodes."""
-
-    def there() -> bool:
-        for node in running.nodes[-1:]:
-            node.check()
-        request = urllib.request.Request(f"http://{running.address}/nodes?view=summary")
-        request.add_header("Authorization", f"Bearer {running.token.read_text()}")
-        summary = json.loads(urllib.request.urlopen(request, timeout=30).read())["data"]["summary"]
-        return sum(node["raylet"].get("state") == "ALIVE" for node in summary) == count
-
-    eventually(there, f"{count} nodes", every_s=0.5)
-
-
-def test_nodes_that_die_cost_no_label_and_no_bit(tmp_path: Path) -> None:
+def test_nodes_that_die_cost_no_label_and_no_bit(reference: Reference, tmp_path: Path) -> None:
     """One node is killed during labelling, another during training: the student is the one that a laptop makes."""
-    reference = make_reference(tmp_path / "laptop")
     job = reference.copy(tmp_path / "cluster")
     storage, file = Path(job["storage"]), write_job(job)
     with cluster(tmp_path / "head", cpus=0) as running:
         running.add_node(2)
         running.add_node(2)
-        await_nodes(running, 3, tmp_path)
+        running.await_nodes(3)
         with started(tmp_path / "log", *DISTILL, "submit", file, "--wait", *running.where, env=running.client_env) as run:
-            await_or_end(run, lambda: len(commits(storage)) >= 3)
-            labelling = holder(running, LABELLER)
-            before, hits = commits(storage), labelling.kill()
+            run.until(lambda: len(commits(storage)) >= 3)
+            hits, before = running.holder(LABELLER).kill(), commits(storage)
             assert hits and len(before) < reference.shards, "killed after the last label"
             running.add_node(2)
-            await_or_end(run, lambda: steps_seen(storage) >= 30)
-            training = holder(running, TRAINER)
-            steps, hits = steps_seen(storage), training.kill()
+            to_commit_s = run.until(lambda: len(commits(storage)) > len(before))
+            run.until(lambda: steps_seen(storage) >= 30)
+            hits, steps = running.holder(TRAINER).kill(), steps_seen(storage)
             assert hits and steps < STEPS, "killed after the last step"
             running.add_node(2)
+            to_step_s = run.until(lambda: steps_seen(storage) > steps)
             ended = run.wait().assert_ok()
-    print(json.dumps({"commits_at_kill": len(before), "steps_at_kill": steps, "run_s": round(ended.seconds, 1)}))
+    facts = {"commits_at_kill": len(before), "to_commit_s": to_commit_s, "steps_at_kill": steps, "to_step_s": to_step_s}
+    print(json.dumps({"nodes": {name: round(value, 1) for name, value in (facts | {"run_s": ended.seconds}).items()}}))
     assert "a training worker died; retry" in ended.stderr
     now = commits(storage)
     assert {name: now[name] for name in before} == before
@@ -244,21 +224,12 @@ def test_nodes_that_die_cost_no_label_and_no_bit(tmp_path: Path) -> None:
     assert student_weights(storage) == reference.weights
 
 
-def holder(running: Cluster, title: str) -> Node:
-    """The node that has the process `title`."""
-    found: list[Node] = []
-
-    def look() -> list[Node]:
-        found[:] = [node for node in running.nodes if any(title in seen for seen in node.titles())]
-        return found
-
-    eventually(look, f"some node has {title}")
-    return found[0]
-
-
-def await_or_end(run: Command, condition: object) -> None:
-    assert callable(condition)
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert run.running and time.monotonic() < end, run.stderr[-4000:]
-        time.sleep(0.01)
+def test_a_cluster_that_has_yet_to_grow(tmp_path: Path) -> None:
+    """There is a head without CPUs, and an autoscaler that adds what is asked for."""
+    file = write_job(tiny_job(write_corpus(tmp_path / "corpus"), tmp_path / "store"))
+    with cluster(tmp_path / "head", cpus=0, growth=(2, 1)) as running:
+        running.await_nodes(1)
+        ended = running.distill(tmp_path / "log", "submit", file, "-c", FEW, "--wait").assert_ok()
+        running.await_nodes(2)
+    print(json.dumps({"growing": {"run_s": round(ended.seconds, 1)}}))
+    assert statuses(tmp_path / "store")["student"] == "ran"

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import base64
 import configparser
+import json
 import os
-import pwd
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import psutil
 import pytest
-import yaml
 
 from orchestrator.tracking.mlflow_tracker import PARENT, Tracker
 from orchestrator.tracking.names import LOSS
+from tests.clusters import cluster
 from tests.e2e.mlflow_runs import (
     PATIENCE_S,
     Run,
@@ -35,86 +32,21 @@ from tests.e2e.mlflow_runs import (
     history,
     recorded_runs,
 )
+from tests.e2e.team import BUCKET, MLFLOW, ROOT, SECRETS, Postgres, TeamServer, sign_in
+from tests.s3 import BUCKET as STORAGE_BUCKET
+from tests.s3 import Server as Storage
+from tests.tiny import (
+    DISTILL,
+    LABELLER,
+    Reference,
+    assert_every_row_labelled_once,
+    metric_points,
+    started,
+    student_weights,
+    write_job,
+)
 
 pytestmark = pytest.mark.cluster
-
-ROOT = Path(__file__).parent.parent.parent
-MLFLOW = ROOT / "cluster" / "mlflow"
-BUCKET = "team"
-SECRETS = {
-    name: f"canary-{name.lower()}-{os.urandom(8).hex()}"
-    for name in ("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY", "AWS_SECRET_ACCESS_KEY", "USER")
-}
-"""What must be found nowhere but where it was put."""
-
-
-def binaries() -> Path | None:
-    """The folder of PostgreSQL's server programs; Debian keeps them off the PATH."""
-    found = shutil.which("initdb")
-    places = [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    return places[-1] if places else None
-
-
-class Postgres:
-    """A PostgreSQL server with a cluster of its own, run by a user who is not root; its user mlflow has a password."""
-
-    def __init__(self) -> None:
-        programs = binaries()
-        if programs is None:
-            pytest.skip("no PostgreSQL here: apt-get install postgresql")
-        self.programs, self.port = programs, free_port()
-        self.folder = Path(tempfile.mkdtemp(prefix="postgres-"))
-        self._as = {}
-        if os.geteuid() == 0:
-            account = pwd.getpwnam("postgres")
-            os.chown(self.folder, account.pw_uid, account.pw_gid)
-            self._as = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-        password = self.folder / "password"
-        password.write_text(SECRETS["PGPASSWORD"])
-        initdb = [
-            programs / "initdb",
-            "-D",
-            self.folder / "data",
-            "-U",
-            "mlflow",
-            "--auth=scram-sha-256",
-            f"--pwfile={password}",
-        ]
-        subprocess.run(initdb, check=True, capture_output=True, cwd=self.folder, **self._as)
-        password.unlink()
-
-    def start(self) -> None:
-        with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [self.programs / "postgres", "-D", "data", "-p", str(self.port), "-k", self.folder, "-h", "127.0.0.1"],
-                stdout=log, stderr=log, cwd=self.folder, start_new_session=True, **self._as,
-            )  # fmt: skip
-        eventually(self._answers)
-
-    def kill(self) -> None:
-        """As a machine fails: nobody gets to tidy up."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def query(self, statement: str, *values: object, database: str = "mlflow") -> list[tuple[Any, ...]]:
-        import psycopg
-
-        options: dict[str, Any] = {"user": "mlflow", "password": SECRETS["PGPASSWORD"], "dbname": database}
-        with psycopg.connect(host="127.0.0.1", port=self.port, autocommit=True, **options) as connection:
-            cursor = connection.execute(statement.encode(), values or None)
-            return cursor.fetchall() if cursor.description else []
-
-    def dump(self) -> bytes:
-        """All that it keeps, as text."""
-        environment = os.environ | {"PGPASSWORD": SECRETS["PGPASSWORD"]}
-        command = [self.programs / "pg_dumpall", "-h", "127.0.0.1", "-p", str(self.port), "-U", "mlflow"]
-        return subprocess.run(command, env=environment, check=True, capture_output=True).stdout
-
-    def _answers(self) -> bool:
-        assert self._process.poll() is None, (self.folder / "log").read_text()[-2000:]
-        return subprocess.run(
-            [self.programs / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port)], check=False, capture_output=True
-        ).returncode == 0  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -156,44 +88,6 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         log.close()
 
 
-class TeamServer(Server):
-    """The service `mlflow` of compose.yaml, as a process instead of a container."""
-
-    def __init__(self, folder: Path, postgres: Postgres, endpoint: str) -> None:
-        super().__init__(folder)
-        service = yaml.safe_load((MLFLOW / "compose.yaml").read_text())["services"]["mlflow"]
-        values = SECRETS | {"ARTIFACTS": f"s3://{BUCKET}/mlflow", "ALLOWED_HOSTS": f"127.0.0.1:{self.port}"}
-        here = {
-            "PGHOST": "127.0.0.1",
-            "PGPORT": str(postgres.port),
-            "MLFLOW_AUTH_CONFIG_PATH": str(MLFLOW / "auth.ini"),
-            "AWS_ACCESS_KEY_ID": "team",
-            "AWS_SECRET_ACCESS_KEY": SECRETS["AWS_SECRET_ACCESS_KEY"],
-            "MLFLOW_S3_ENDPOINT_URL": endpoint,
-        }
-
-        def filled(text: str) -> str:
-            return re.sub(r"\$\{(\w+):\?\}", lambda found: values[found[1]], text)
-
-        replaced = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=5000": f"--port={self.port}"}
-        command = [replaced.pop(word, filled(word)) for word in service["command"]]
-        assert not replaced and set(here) <= {*service["environment"], "PGPORT"}
-        self._command = [sys.executable, "-m", *command, "--workers=1"]
-        self._environment = os.environ | {k: filled(v) for k, v in service["environment"].items() if v} | here
-        self._folder = folder
-
-    def start(self) -> None:
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, env=self._environment, stdout=log, stderr=log, cwd=self._folder, start_new_session=True
-            )
-
-    @property
-    def processes(self) -> list[psutil.Process]:
-        process = psutil.Process(self._process.pid)
-        return [process, *process.children(recursive=True)]
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres, s3: Any) -> Iterator[TeamServer]:
     server = TeamServer(tmp_path_factory.mktemp("server"), postgres, s3.meta.endpoint_url)
@@ -209,11 +103,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres, s3: Any
         yield server
     finally:
         server.kill()
-
-
-def sign_in(patch: pytest.MonkeyPatch, user: str, password: str) -> None:
-    patch.setenv("MLFLOW_TRACKING_USERNAME", user)
-    patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
 
 
 @pytest.fixture
@@ -348,6 +237,48 @@ def test_a_server_killed_mid_run_loses_nothing(run: PatientRun, server: TeamServ
 
 def test_a_database_killed_mid_run_loses_nothing(run: PatientRun, server: TeamServer, postgres: Postgres, alice: None) -> None:
     interrupted_run(run, server, postgres.kill, postgres.start)
+
+
+@pytest.mark.timeout(1800)
+def test_a_run_of_several_nodes_on_what_the_team_shares(
+    reference: Reference, server: TeamServer, postgres: Postgres, s3: Any, tmp_path: Path, alice: None
+) -> None:
+    """Storage on S3, MLflow on PostgreSQL and S3, a node killed while it labels: the student is the one that a laptop makes."""
+    storage = Storage(urlsplit(s3.meta.endpoint_url).port or 0)
+    storage.client.create_bucket(Bucket=STORAGE_BUCKET)
+    job = reference.job | {"storage": f"s3://{STORAGE_BUCKET}/shared", "tracking": {"uri": server.uri}}
+    known = {name: os.environ[name] for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")}
+    with cluster(tmp_path / "cluster", cpus=0, env=storage.environment | known) as running:
+        running.add_node(2, storage.environment)
+        running.add_node(2, storage.environment)
+        running.await_nodes(3)
+        submit = (*DISTILL, "submit", write_job(job, tmp_path), "--wait", *running.where)
+        with started(tmp_path / "log", *submit, env=running.client_env) as command:
+            command.until(lambda: len(committed(storage)) >= 3, every_s=0.2)
+            hits, before = running.holder(LABELLER).kill(), committed(storage)
+            assert hits and len(before) < reference.shards, "killed after the last label"
+            running.add_node(2, storage.environment)
+            to_commit_s = command.until(lambda: len(committed(storage)) > len(before), every_s=0.2)
+            ended = command.wait().assert_ok()
+    print(json.dumps({"team": {"to_commit_s": round(to_commit_s, 1), "run_s": round(ended.seconds, 1)}}))
+    local = storage.download("shared", tmp_path / "store")
+    assert_every_row_labelled_once(local)
+    assert student_weights(local) == reference.weights
+
+    experiment = client(server.uri).get_experiment_by_name("distill").experiment_id
+    runs = {r.info.run_name.partition(":")[0]: r.info.run_id for r in client(server.uri).search_runs([experiment])}
+    points = [(point["step"], point["metrics"].get(LOSS)) for point in metric_points(local, "student")]
+    losses = [(step, loss) for step, loss in points if loss is not None]
+    assert history(server.uri, runs["tiny/student"], LOSS) == losses and len(losses) > 3
+    for run_id in runs.values():
+        assert postgres.query("SELECT status FROM runs WHERE run_uuid = %s", run_id) == [("FINISHED",)]
+    kept = s3.get_object(Bucket=BUCKET, Key=f"mlflow/{experiment}/{runs['tiny']}/artifacts/report.html")
+    assert kept["Body"].read() == (local / "runs" / "tiny" / "report.html").read_bytes()
+
+
+def committed(storage: Storage) -> list[str]:
+    """Commit records of the label log in the bucket."""
+    return [name for name in storage.names("shared/labels/") if "/commits/" in name]
 
 
 def test_no_secret_leaves_its_place(
