@@ -12,7 +12,7 @@ from orchestrator.run import Run
 from orchestrator.runtime.session import replicas_that_fit
 from orchestrator.spec.job import Job
 from orchestrator.spec.labels import kept_features
-from orchestrator.spec.model import Model, Replicas, TeacherBase, vllm_of
+from orchestrator.spec.model import Model, Replicas, TeacherBase, labelled_by, vllm_of
 from orchestrator.store.label_log import LabelLog, Ledger, Seal
 from orchestrator.store.records import ModelFolder, Tokens, finished_model
 from orchestrator.student.job import Ahead, Initial, Soft, TrainingJob
@@ -51,7 +51,8 @@ def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | I
     """The log that holds exactly this teacher's labels of these tokens, and the demand of this student on it."""
     job, vocab = run.job, teacher.manifest.vocab_size
     labels = job.labels.model_dump(mode="json", exclude={"run_ahead"})
-    arithmetic = "vllm" if vllm_of(job.teacher) else job.teacher.dtype
+    server = vllm_of(job.teacher)
+    arithmetic = f"vllm {server.model or ''}" if server else job.teacher.dtype
     teacher_identity = {"content": teacher.manifest.content, "dtype": arithmetic}
     shape = {"seq_len": tokens.manifest.seq_len, "vocab_size": vocab}
     identity = {"teacher": teacher_identity, "tokens": tokens.manifest.content, "labels": labels, "shape": shape}
@@ -100,7 +101,7 @@ def _label_missing(
     from orchestrator.teacher.usage import Usage
 
     work = _work(run, tokens, teacher, demand)
-    placement = Placement(demand.log.key, run.job.teacher, run.display.say)
+    placement = Placement(demand.log.key, labelled_by(run.job.teacher), run.display.say)
     done = len(demand.shards) - len(missing)
     if done:
         run.display.say(f"labels: resuming, {done}/{len(demand.shards)} shards done")
@@ -160,7 +161,7 @@ def _work(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
     return Labelling(
         store=run.store,
         data_folder=tokens.folder,
-        replica=replica_of(spec, teacher, kept_features(run.job.labels)),
+        replica=replica_of(labelled_by(spec), teacher, kept_features(run.job.labels)),
         vocab_size=teacher.manifest.vocab_size,
         labels=run.job.labels if behind else run.job.labels.model_copy(update={"run_ahead": None}),
         log_key=demand.log.key,

@@ -12,11 +12,11 @@ from orchestrator.plan.deepspeed_config import deepspeed_config
 from orchestrator.plan.footprint import Footprint, Rows, footprint
 from orchestrator.plan.layout import layout_of
 from orchestrator.plan.memory import label_bytes_per_token
-from orchestrator.plan.resources import training_takes
+from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.plan.sizes import Decoder, decoder, with_mtp
 from orchestrator.spec.data import TrainTokenizer
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher
+from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, labelled_by
 from orchestrator.spec.train import Train
 
 UNKNOWN_VOCABULARY = 1 << 17
@@ -139,9 +139,10 @@ def _stages(job: Job) -> tuple[Stage, ...]:
     if not isinstance(job.student, ConfigStudent):
         stages.append(Stage("initial", f"first weights of the student ({job.student.kind})", 1, 0))
     least, most = teacher.replicas.min, teacher.replicas.max
-    spread = f" of {teacher.shards} shards" if teacher.shards > 1 else ""
+    replica, each = labelled_by(teacher), replica_takes(teacher)
+    spread = f" of {replica.shards} shards" if replica.shards > 1 else ""
     pool = f"{job.labels.kind}, by {least} to {most} teacher actors{spread}"
-    stages.append(Stage("labels", pool, least * teacher.cpus_per_replica, least * teacher.gpus_per_replica))
+    stages.append(Stage("labels", pool, least * each["CPU"], least * each["GPU"]))
     stages.append(_training_stage("student", f"{train.steps} steps, following the labels as they are written", train))
     if job.evaluate.baseline:
         stages.append(_training_stage("baseline", "the same student on hard labels alone", train))
@@ -158,6 +159,6 @@ def _training_stage(name: str, what: str, train: Train) -> Stage:
 
 def _concurrent_cpus(job: Job) -> int:
     """CPU slots that labelling and training need side by side."""
-    side_by_side = job.teacher.replicas.min * job.teacher.cpus_per_replica + training_takes(job.train)["CPU"]
+    side_by_side = job.teacher.replicas.min * replica_takes(job.teacher)["CPU"] + training_takes(job.train)["CPU"]
     alone = training_takes(job.teacher.train)["CPU"] if isinstance(job.teacher, PretrainTeacher) else 0.0
     return int(-(-max(side_by_side, alone) // 1))

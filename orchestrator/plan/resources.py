@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from orchestrator.spec.model import TeacherBase
+from orchestrator.spec.model import TeacherBase, labelled_by
 from orchestrator.spec.train import Train
 
 Resources = dict[str, float]
 
 
 def replica_takes(teacher: TeacherBase) -> Resources:
-    """Of one replica, all its shards together."""
-    return {"CPU": teacher.cpus_per_replica, "GPU": teacher.gpus_per_replica}
+    """Of one replica that labels, all its shards together."""
+    replica = labelled_by(teacher)
+    return {"CPU": replica.cpus_per_replica, "GPU": replica.gpus_per_replica}
 
 
 def training_takes(train: Train) -> Resources:

@@ -41,7 +41,7 @@ class TeacherBase(Spec):
     """Processes that hold one replica together (tensor parallel); each reads only its part of the weights."""
     replicas: Replicas = Replicas()
     cpus_per_shard: float = Field(default=1, gt=0)
-    gpus_per_shard: float = Field(default=0, ge=0)
+    gpus_per_shard: float = Field(default=0, ge=0, le=1)
     placement_timeout_s: float = Field(default=600, gt=0)
     """How long `replicas.min` replicas may wait for room on the cluster before the run gives up."""
 
@@ -79,7 +79,7 @@ class PretrainTeacher(TeacherBase):
 
 
 class VllmServer(Spec):
-    """A server of vLLM that serves the teacher; its key, if it wants one, is taken from VLLM_API_KEY."""
+    """A server of vLLM that serves the teacher for `data.seq_len` + 2 tokens; its key is taken from VLLM_API_KEY."""
 
     url: str = Field(pattern=r"^https?://[^/@]+/?$")
     """As in http://host:8000."""
@@ -94,7 +94,8 @@ class TransformersTeacher(TeacherBase):
     path: str
     revision: str | None = None
     vllm: VllmServer | None = None
-    """Serves the same model and labels in its stead; tokenizer, identity and evaluation are those of `path`."""
+    """Serves the same model and labels in its stead; tokenizer, identity and evaluation are those of `path`, and `shards` and
+    `gpus_per_shard` then hold for the evaluation alone."""
 
 
 class GgufTeacher(TeacherBase):
@@ -115,6 +116,11 @@ class GgufTeacher(TeacherBase):
 def vllm_of(teacher: TeacherBase) -> VllmServer | None:
     """The server that labels in place of `teacher`, if there is one."""
     return teacher.vllm if isinstance(teacher, TransformersTeacher) else None
+
+
+def labelled_by(teacher: TeacherBase) -> TeacherBase:
+    """`teacher` as its labelling replicas are: where a server answers, they are one process without a GPU."""
+    return teacher.model_copy(update={"shards": 1, "gpus_per_shard": 0}) if vllm_of(teacher) else teacher
 
 
 Teacher = Annotated[PretrainTeacher | TransformersTeacher | GgufTeacher, Field(discriminator="kind")]

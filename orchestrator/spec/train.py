@@ -86,6 +86,8 @@ class Train(Spec):
     """Steps between checkpoints; what a killed run repeats at most."""
     max_restarts: int = Field(default=3, ge=0)
     """Worker deaths that are made good before the run stops (and can be resumed)."""
+    placement_timeout_s: float = Field(default=600, gt=0)
+    """How long the workers may wait for room on the cluster before the run gives up; in steps of a minute, Ray Train's."""
 
     @property
     def data_parallel(self) -> int:

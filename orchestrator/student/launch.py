@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import DEFAULT_WORKER_GROUP_START_TIMEOUT_S as START_S
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from orchestrator.errors import BROKEN_LINK, ResumableError, find_user_error
+from orchestrator.errors import BROKEN_LINK, EnvironmentFault, ResumableError, find_user_error
 from orchestrator.store.files import Store
 from orchestrator.store.records import ModelFolder, finished_model
 from orchestrator.student.job import TrainingJob
@@ -21,9 +24,9 @@ from orchestrator.tracking import names
 def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str, warn: Callable[[str], None]) -> ModelFolder:
     """Train `job`, or continue it from its newest checkpoint; returns the finished model.
 
-    Raises what the training itself raised, and `ResumableError` once workers have died more often than
-    `train.max_restarts` allows. Restarts are counted here and not in Ray Train, which cannot tell a user's error from a
-    dead worker, and keeps its own checkpoints; ours are found again by any later run.
+    Raises what the training itself raised, `EnvironmentFault` if there is no room for its workers, and `ResumableError` once
+    they have died more often than `train.max_restarts` allows. Restarts are counted here and not in Ray Train, which cannot
+    tell a user's error from a dead worker, and keeps its own checkpoints; ours are found again by any later run.
     """
     config = {"store": store, "job": job, "board": board, "tokenizer_folder": tokenizer_folder}
     with store.exclusive(f"{job.folder}/lock"):
@@ -32,7 +35,7 @@ def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: st
                 _fit(job, config)
                 break
             except Exception as error:
-                final = find_user_error(error) or _programming_error(error, alone=job.train.workers == 1)
+                final = find_user_error(error) or _no_room(error, job) or _programming_error(error, job.train.workers == 1)
                 if final is not None:
                     raise final from error
                 aborted: str | None = ray.get(board.aborted.remote())
@@ -45,6 +48,17 @@ def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: st
     model = finished_model(store, job.folder)
     assert model is not None
     return model
+
+
+def _no_room(error: Exception, job: TrainingJob) -> EnvironmentFault | None:
+    """What to say where workers never started, because the cluster had no room for them."""
+    if not isinstance(error, ControllerError) or not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+        return None
+    train, free = job.train, ray.available_resources()
+    return EnvironmentFault(
+        f"{job.stage}: no room for {train.workers} workers of {train.cpus_per_worker:g} CPU and {train.gpus_per_worker:g} GPU "
+        f"each in {train.placement_timeout_s:g} s; free are {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
+    )
 
 
 def _programming_error(error: Exception, alone: bool) -> Exception | None:
@@ -61,6 +75,7 @@ def _programming_error(error: Exception, alone: bool) -> Exception | None:
 
 def _fit(job: TrainingJob, config: dict[str, Any]) -> None:
     train = job.train
+    starts = math.ceil(train.placement_timeout_s / START_S)
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
     with TemporaryDirectory(prefix="distill-ray-", ignore_cleanup_errors=True) as unused:  # nothing is reported to Ray Train
         TorchTrainer(
@@ -73,7 +88,7 @@ def _fit(job: TrainingJob, config: dict[str, Any]) -> None:
             run_config=RunConfig(
                 name=f"{job.stage}-{job.key[:8]}-{uuid.uuid4().hex[:6]}",
                 storage_path=unused,
-                failure_config=FailureConfig(max_failures=0),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=starts - 1),
             ),
         ).fit()
 

@@ -172,7 +172,10 @@ def _cause(error: Exception, calls: list[Any]) -> BaseException:
     raised = [other for call in ended if (other := _raised(call)) is not None]
     if hanging or any(isinstance(other, RayError) for other in raised):
         os._exit(LOST)
-    return next((e for e in (error, *raised) if not BROKEN_LINK.search(str(e))), error)
+    cause = next((e for e in (error, *raised) if not BROKEN_LINK.search(str(e))), None)
+    if cause is None:
+        os._exit(LOST)  # nothing but the link broke
+    return cause
 
 
 def _raised(call: Any) -> BaseException | None:

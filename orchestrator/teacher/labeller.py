@@ -63,7 +63,8 @@ class Labeller:
         except DistillError as error:
             self._refusal = error  # Ray keeps but the text of what a constructor raises; the first call can raise it whole
         self._idle_since = time.perf_counter()
-        weakref.finalize(self, leave_placement)
+        # A process that is told to end, by an eviction say, comes back in its room; one that Ray Data lets go of leaves it.
+        weakref.finalize(self, leave_placement).atexit = False
 
     def _start(self) -> None:
         work = self._work

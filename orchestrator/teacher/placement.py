@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from threading import Lock
 from types import TracebackType
 from typing import Any
 from uuid import uuid4
@@ -20,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestrator.errors import EnvironmentFault
 from orchestrator.spec.model import TeacherBase
 
-SAY_EVERY_S = 30.0
+SAY_EVERY_S, COUNT_EVERY_S = 30.0, 1.0
 
 
 def in_bundle(group: PlacementGroup, index: int, cpus: float, gpus: float) -> dict[str, Any]:
@@ -37,35 +38,41 @@ def leave_placement() -> None:
 
 
 class Placement:
-    """The placement groups of one labelling; a context that leaves none behind."""
+    """The placement groups of one labelling; a context that leaves none behind. Safe to use from several threads."""
 
     def __init__(self, log_key: str, teacher: TeacherBase, say: Callable[[str], None]) -> None:
         self._name, self._teacher, self._say = f"teacher-{log_key[:16]}", teacher, say
         self._bundle = {"CPU": teacher.cpus_per_shard} | ({"GPU": teacher.gpus_per_shard} if teacher.gpus_per_shard else {})
         self._groups: dict[str, PlacementGroup] = {}
         """By the name of the actor that leads there."""
+        self._lock = Lock()  # Ray Data starts actors in a thread of its own
+        self._counted, self._replicas = 0.0, 0
 
     def __enter__(self) -> Placement:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for group in self._groups.values():
-            remove_placement_group(group)
+        with self._lock:
+            for group in self._groups.values():
+                remove_placement_group(group)
+            self._groups.clear()
 
     def reserve(self, replicas: int) -> None:
         """Wait until there is room for `replicas`, and hold it.
 
         Says what is missing every now and then; raises `EnvironmentFault` after `teacher.placement_timeout_s`.
         """
-        groups = [self._groups[self._reserve()] for _ in range(replicas)]
+        with self._lock:
+            groups = [self._groups[self._reserve()] for _ in range(replicas)]
         began = said = time.monotonic()
         while missing := [group for group in groups if not group.wait(1)]:
             waited = time.monotonic() - began
             if waited > self._teacher.placement_timeout_s:
                 need, have, free = (", ".join(row) for row in zip(*self._table(len(missing)), strict=True))
+                each = f"{self._teacher.shards} shards" + (" on one node" if self._fits_a_node() else "")
                 raise EnvironmentFault(
-                    f"teacher.shards: no room for {len(missing)} of {replicas} replicas of {self._teacher.shards} shards "
-                    f"in {waited:.0f} s: need {need}; the cluster has {have}; free are {free}"
+                    f"teacher.shards: no room for {len(missing)} of {replicas} replicas of {each} in {waited:.0f} s: "
+                    f"need {need}; the cluster has {have}; free are {free}"
                 )
             if time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
@@ -75,25 +82,40 @@ class Placement:
 
     def options(self) -> dict[str, Any]:
         """Ray's options for the actor that leads one more replica."""
-        # An actor that Ray Data gave up before it ran could not give its room back.
-        vacant = [name for name in self._held() if not _lives(name)]
-        name = vacant[0] if vacant else self._reserve()
-        return {"name": name} | in_bundle(self._groups[name], 0, self._teacher.cpus_per_shard, self._teacher.gpus_per_shard)
+        with self._lock:
+            # An actor that Ray Data gave up before it ran could not give its room back.
+            vacant = next((name for name in self._states() if not _lives(name)), None)
+            name = vacant or self._reserve()
+            group = self._groups[name]
+        return {"name": name} | in_bundle(group, 0, self._teacher.cpus_per_shard, self._teacher.gpus_per_shard)
 
     def replicas(self) -> int:
-        """Replicas that have their room."""
-        return sum(state == "CREATED" for state in self._held().values())
+        """Replicas that have their room, as of at most a second ago."""
+        with self._lock:
+            if time.monotonic() - self._counted > COUNT_EVERY_S:
+                self._counted = time.monotonic()
+                self._replicas = sum(state == "CREATED" for state in self._states().values())
+            return self._replicas
 
-    def _held(self) -> dict[str, str]:
+    def _states(self) -> dict[str, str]:
         """State of every group by name; forgets those that were given back."""
-        states = {name: placement_group_table(group)["state"] for name, group in self._groups.items()}
-        self._groups = {name: group for name, group in self._groups.items() if states[name] != "REMOVED"}
-        return {name: states[name] for name in self._groups}
+        known = {str(row["name"]): str(row["state"]) for row in placement_group_table().values()}
+        for name in list(self._groups):
+            if known.get(name, "REMOVED") == "REMOVED":
+                del self._groups[name]
+        return {name: known[name] for name in self._groups}
 
     def _reserve(self) -> str:
         name = f"{self._name}-{uuid4().hex[:8]}"
-        self._groups[name] = placement_group([self._bundle] * self._teacher.shards, strategy="PACK", name=name)
+        strategy = "STRICT_PACK" if self._fits_a_node() else "PACK"  # shards exchange in every block
+        self._groups[name] = placement_group([self._bundle] * self._teacher.shards, strategy=strategy, name=name)
         return name
+
+    def _fits_a_node(self) -> bool:
+        """Whether there is a node that could hold all shards of a replica if it were empty."""
+        need = {kind: each * self._teacher.shards for kind, each in self._bundle.items()}
+        nodes: list[dict[str, Any]] = ray.nodes()
+        return any(node["Alive"] and all(node["Resources"].get(k, 0) >= n for k, n in need.items()) for node in nodes)
 
     def _table(self, replicas: int) -> list[tuple[str, str, str]]:
         """Per kind of resource: what `replicas` need, what the cluster has, what of it is free."""

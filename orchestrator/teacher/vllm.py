@@ -25,6 +25,8 @@ TRIES = Retry(total=8, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504)
 TIMEOUT_S = 600.0
 ANY_ID = 0
 """Ends every prompt, because what is said about the place after the last id is said about one that stands there."""
+ROUNDING = 1e-3
+"""What probabilities may sum to above 1."""
 BELOW_TOP = 1e-3
 """Nats by which ids that were not named stay under those that were, whatever rounding says."""
 
@@ -67,6 +69,8 @@ class VllmBackend:
             ids = "fewer ids" if len(named) < self._k else f"ids beyond the vocabulary of {self._vocab_size}"
             raise DataError(f"teacher.vllm: {self._url} named {ids} where {self._k} were asked for")
         log_probs, top = zip(*named, strict=True)
+        if math.fsum(map(math.exp, log_probs)) > 1 + ROUNDING:
+            raise DataError(f"teacher.vllm: {self._url} told no log-probabilities (--logprobs-mode); they sum to more than 1")
         return torch.tensor([*top, *log_probs], dtype=torch.float64)
 
     def _spread(self, states: torch.Tensor) -> torch.Tensor:

@@ -32,13 +32,14 @@ from keep import keep, machine
 from orchestrator.models.build import build_model
 from orchestrator.runtime.environment import prepare_ray
 from orchestrator.spec.labels import SampledLabels
-from orchestrator.spec.model import Model, Replicas
+from orchestrator.spec.model import Model, Replicas, TeacherBase
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MANIFEST, TokenManifest
 from orchestrator.store.shards import TokenShard, put_shard
 from orchestrator.teacher.backend import Replica
 from orchestrator.teacher.labeller import Labeller, Labelling
+from orchestrator.teacher.placement import Placement
 from orchestrator.teacher.pool import label_shards
 
 POOLS = (1, 2, 4)
@@ -102,7 +103,8 @@ def pooled(work: Labelling, replicas: int) -> Figures:
     shards = [(shard, shard) for shard in range(SHARDS)]
     moments: dict[int, Spent] = {}
     own_s: list[float] = []
-    for done, receipt in enumerate(label_shards(work, shards, Replicas(min=replicas, max=replicas), 1, 0), start=1):
+    room = Placement("bench", TeacherBase(), print)
+    for done, receipt in enumerate(label_shards(work, shards, Replicas(min=replicas, max=replicas), room), start=1):
         own_s.append(receipt["seconds"])
         if done in (WARM, LAST):
             moments[done] = Spent.now()

@@ -36,7 +36,7 @@ class Server(ThreadingHTTPServer):
         self.model, self.key = model, ""
         self.failures: list[int] = []
         """Statuses of the next replies."""
-        self.places_kept, self.asked = 10**6, 0
+        self.places_kept, self.asked, self.shift = 10**6, 0, 0.0
 
     @property
     def url(self) -> str:
@@ -52,7 +52,7 @@ class Server(ThreadingHTTPServer):
         places: list[dict[str, Any] | None] = [None]
         for here, following in zip(log_probs[:-1], prompt[1:], strict=True):
             ids = dict.fromkeys([following, *here.topk(asked).indices.tolist()])  # the one that stands there comes first
-            places.append({str(i): {"logprob": float(here[i]), "rank": int((here >= here[i]).sum())} for i in ids})
+            places.append({str(i): {"logprob": float(here[i]) + self.shift, "rank": int((here >= here[i]).sum())} for i in ids})
         choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}
         choice |= {"prompt_logprobs": places[: self.places_kept]}
         return 200, {"id": "cmpl-1", "object": "text_completion", "model": request["model"], "choices": [choice]}
@@ -159,6 +159,12 @@ def test_the_key_is_taken_from_the_environment(server: Server, monkeypatch: pyte
 def test_what_the_server_does_not_serve(server: Server, asked: Any, fault: type[DistillError], words: str) -> None:
     with pytest.raises(fault, match=words):
         backend(server, **asked)
+
+
+def test_replies_that_are_no_log_probabilities(server: Server) -> None:
+    server.shift = 5.0
+    with pytest.raises(DataError, match=r"^teacher\.vllm: .* told no log-probabilities"):
+        backend(server)
 
 
 def test_replies_that_say_too_little(seed: int, server: Server) -> None:

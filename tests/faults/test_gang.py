@@ -6,18 +6,22 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import ray
 import torch
+from ray.train import ControllerError
 from ray.util.placement_group import placement_group_table
 
 from orchestrator.errors import EnvironmentFault
 from orchestrator.models.build import build_model
 from orchestrator.runtime.board import STUDENT_SHARDS, start_board
 from orchestrator.spec.model import Model, TeacherBase
+from orchestrator.spec.train import Train
+from orchestrator.student import launch
 from orchestrator.teacher import placement
 from orchestrator.teacher.backend import Replica
 from orchestrator.teacher.make import load_replica
@@ -116,7 +120,7 @@ def test_no_room_is_said_aloud_and_ends(cluster: Any, monkeypatch: pytest.Monkey
         assert heard == [], "there was room"
         monkeypatch.setattr(placement, "SAY_EVERY_S", 1.0)
         asked = TeacherBase(shards=2, placement_timeout_s=4)
-        words = r"teacher\.shards: no room for 1 of 1 .* need 2 CPU; .* has 2 CPU; free are 1"
+        words = r"teacher\.shards: no room for 1 of 1 .* on one node in .* need 2 CPU; .* has 2 CPU; free are 1"
         with pytest.raises(EnvironmentFault, match=words) as no, Placement("key", asked, heard.append) as room:
             room.reserve(1)
         assert no.value.exit_code == 4
@@ -126,6 +130,20 @@ def test_no_room_is_said_aloud_and_ends(cluster: Any, monkeypatch: pytest.Monkey
     with Placement("key", TeacherBase(shards=2), heard.append) as room:
         room.reserve(1)
         assert room.replicas() == 1
+
+
+def test_a_training_without_room_ends(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
+    monkeypatch.setattr(launch, "START_S", 2.0)
+    job: Any = SimpleNamespace(stage="student", key="0" * 64, train=Train(workers=2, placement_timeout_s=4))
+    with Placement("other", TeacherBase(shards=1), print) as other:
+        other.reserve(1)
+        with pytest.raises(ControllerError) as failed:
+            launch._fit(job, {})
+        fault = launch._no_room(failed.value, job)
+    assert fault is not None and fault.exit_code == 4
+    assert str(fault) == "student: no room for 2 workers of 1 CPU and 0 GPU each in 4 s; free are 1 CPU, 0 GPU"
+    assert launch._no_room(RuntimeError("no room"), job) is None
 
 
 def test_no_shard_is_handed_out_too_far_ahead(cluster: Any) -> None:

@@ -183,6 +183,7 @@ MISTAKES = {
         "labels: teacher.vllm tells top ids alone: kind topk, temperatures [1.0], no features"
     ),
     "name: a\nteacher: {kind: transformers, path: x, vllm: {url: 'http://u:p@h:8000'}}": "jobs/x.yaml:2: teacher.vllm.url",
+    "name: a\nteacher: {gpus_per_shard: 8}": "jobs/x.yaml:2: teacher.gpus_per_shard: must be at most 1.0, got 8",
     "name: a\nteacher: {shards: 2, gpus_per_shard: 0.5}": "jobs/x.yaml:2: teacher: gpus_per_shard 0.5: shards exchange through",
     "name: a\nteacher: {shards: 2}\nlabels: {features: {keep: [{layer: 1}, {layer: 2, part: keys}]}}": (
         "labels.features.keep: keys.2 is spread over teacher.shards; hidden and ffn can be kept"
