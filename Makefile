@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart gemma test lint faults e2e dashboards dashboards-check seeds students bench bench-head bench-trl bench-pipelines \
+.PHONY: quickstart gemma test check lint faults e2e dashboards dashboards-check seeds students bench bench-head bench-trl bench-pipelines \
 	bench-planner bench-prune bench-log bench-replicas bench-loading bench-gemma-pipeline bench-shards draws learn clean
 
 $(READY): pyproject.toml constraints.txt
@@ -25,9 +25,14 @@ lint: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
 
+# What a newcomer waits for: lint, types, import contracts, unit and contract tests, and a slice of every other layer.
 # A file's tests stay together: they share what a run left behind.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not deep and not cluster" tests
+
+# The rest: parity with single-process references, killed and broken runs, whole runs from the command line.
+check: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "deep and not cluster" tests
 
 e2e: $(READY)
 	$(BIN)/python -m pytest -m cluster tests/e2e

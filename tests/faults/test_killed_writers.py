@@ -20,6 +20,8 @@ from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from tests.label_logs import labels_of, temporary_files, tokens_of
 
+pytestmark = pytest.mark.slice
+
 ERRNOS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE]
 
 
