@@ -78,7 +78,9 @@ class Comparison:
         return next(group for group in self.groups if run in group.runs)
 
     def best_runs(self, figure: Figure) -> set[str]:
-        """Names of the runs that are best by `figure`; none where all are equal or cannot be compared."""
+        """Names of the runs that are best by `figure`; none where all are equal, seeds of one job, or cannot be compared."""
+        if len(self.groups) == 1:
+            return set()
         values = {run.name: run.figures[figure.name] for run in self.runs if figure.name in run.figures}
         return self._best(figure, values)
 
