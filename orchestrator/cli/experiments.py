@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import AsJson, JobFile, Overrides
+from orchestrator.cli.options import AsJson, JobFile, Overrides, Storage
 from orchestrator.errors import SpecError
 
 PAGE = Path("compare.html")
@@ -25,7 +25,7 @@ Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page
 @experiments_app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories, or names of runs (see --storage).")],
-    storage: Annotated[str | None, typer.Option(help="Where named runs are; default: ./distill-store.")] = None,
+    storage: Storage = None,
     out: Out = PAGE,
     as_json: AsJson = False,
 ) -> None:
