@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from orchestrator.errors import SpecError
-from orchestrator.sweep import grid, parse_grid, points
+from orchestrator.cli import main
+from orchestrator.errors import DataError, ResumableError, SpecError
+from orchestrator.plan.make import Plan
+from orchestrator.sweep import grid, parse_grid, points, run_points
 from tests.tiny import tiny_job, write_job
 
 
@@ -88,3 +91,57 @@ def test_a_bad_last_point_stops_the_sweep_before_ray_is_loaded(job: Path) -> Non
     result = subprocess.run([sys.executable, "-c", program, str(job)], capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"
     assert not (job.parent / "store").exists()
+
+
+# A point that fails.
+
+
+@pytest.fixture
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> dict[float, Exception]:
+    """Runs that end at once, with the error that stands here for their alpha, on no Ray; returns the errors to fill in."""
+    errors: dict[float, Exception] = {}
+
+    def run(plan: Plan) -> dict[str, Any]:
+        alpha = plan.job.objective.alpha
+        if alpha in errors:
+            raise errors[alpha]
+        return {"alpha": alpha}
+
+    monkeypatch.setattr("orchestrator.pipeline.run", run)
+    monkeypatch.setattr("orchestrator.runtime.session.ray_session", lambda *_: contextlib.nullcontext())
+    return errors
+
+
+def test_a_point_that_fails_does_not_keep_the_others_from_running(
+    job: Path, stubbed: dict[float, Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stubbed |= {0.0: RuntimeError("wrapped"), 0.5: ResumableError("worker lost")}
+    stubbed[0.0].__cause__ = DataError("corpus: no text")
+    ended = run_points(points(job, {"objective.alpha": [0, 0.5, 1]}))
+    assert [type(ran.error) for ran in ended] == [DataError, ResumableError, type(None)]
+    assert [ran.report for ran in ended] == [None, None, {"alpha": 1.0}]
+    assert [Path(ran.run).name for ran in ended] == ["tiny", "tiny-2", "tiny-3"]
+    assert "tiny failed: corpus: no text" in capsys.readouterr().err
+
+
+def test_the_exit_code_is_that_of_the_first_failure(
+    job: Path, stubbed: dict[float, Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stubbed |= {0.5: DataError("corpus: no text"), 1.0: ResumableError("worker lost")}
+    monkeypatch.setattr(sys, "argv", ["distill", "sweep", str(job), "--grid", "objective.alpha=0,0.5,1"])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    assert ending.value.code == DataError.exit_code == 3
+
+
+def test_a_fault_of_the_program_ends_the_sweep(job: Path, stubbed: dict[float, Exception]) -> None:
+    stubbed[0.5] = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        run_points(points(job, {"objective.alpha": [0, 0.5, 1]}))
+
+
+def test_a_sweep_that_is_started_again_has_the_same_runs(job: Path, stubbed: dict[float, Exception]) -> None:
+    """And one with a further point adds a run, whatever the order of its points."""
+    names = [Path(ran.run).name for ran in run_points(points(job, {"objective.alpha": [0, 1]}))]
+    assert [Path(ran.run).name for ran in run_points(points(job, {"objective.alpha": [0, 1]}))] == names
+    assert [Path(ran.run).name for ran in run_points(points(job, {"objective.alpha": [0.5, 1, 0]}))] == ["tiny-3", *names[::-1]]
