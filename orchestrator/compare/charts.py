@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from orchestrator.compare.figures import BY_NAME, Figure
-from orchestrator.compare.groups import Comparison, Group, Interval
+from orchestrator.compare.groups import ABSENT, Comparison, Group, Interval, described
 from orchestrator.report.charts.figure import Chart, Curve, axis_title, curve, drawn, frame, limits, plain_axis
 from orchestrator.report.words import NOTHING, number
 from orchestrator.tracking import names
@@ -29,6 +29,11 @@ def color(index: int) -> str:
     return f"run-{index % COLORS + 1}"
 
 
+def is_dashed(index: int) -> bool:
+    """Whether the lines of group number `index` share their colour with those of an earlier one."""
+    return index >= COLORS
+
+
 def charts(comparison: Comparison) -> dict[str, Chart]:
     """All charts that the runs have data for: `reached`, `gap`, `heldout`, `ce`, `loss`."""
     found = {
@@ -44,58 +49,68 @@ def charts(comparison: Comparison) -> dict[str, Chart]:
 # What was reached.
 
 
-def swept(groups: Sequence[Group]) -> tuple[str, list[float]] | None:
-    """The one key in which `groups` differ and each group's value of it, if these are numbers; else None."""
-    keys = {key for group in groups for key in group.values}
-    if len(groups) < 2 or len(keys) != 1:
+class Sweep(NamedTuple):
+    """Groups by a number in which they differ."""
+
+    key: str
+    places: list[float]
+    """Each group's value of `key`."""
+    series: list[str]
+    """What each group has besides, in words; groups of equal words make one line."""
+
+
+def swept(groups: Sequence[Group]) -> Sweep | None:
+    """`groups` by the key with the most values among those whose values are all numbers; None where that makes no line."""
+    keys = dict.fromkeys(key for group in groups for key in group.values)
+    columns = {key: [group.values.get(key, ABSENT) for group in groups] for key in keys}
+    numbers = {key: [float(v) for v in values] for key, values in columns.items() if all(map(_is_number, values))}
+    if not numbers:
         return None
-    (key,) = keys
-    values = [group.values[key] for group in groups]
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    return (key, [float(value) for value in values]) if numbers else None
+    key = max(numbers, key=lambda key: len(set(numbers[key])))
+    rest = [described({k: v for k, v in group.values.items() if k != key}) for group in groups]
+    return Sweep(key, numbers[key], rest) if len(set(rest)) < len(rest) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _reached(comparison: Comparison, figure: Figure) -> Chart | None:
     """A figure of each group: a dot for its mean with the interval over seeds, and small ones for its runs.
 
-    Where the groups differ in one number alone, it is the x axis; else they stand beside each other.
+    Where the groups differ in a number, it is the x axis; else they stand beside each other.
     """
     if figure.on in comparison.incomparable:
         return None
     found = [(i, group, got) for i, group in enumerate(comparison.groups) if (got := group.figure(figure.name))]
-    groups = [group for _, group, _ in found]
-    by = swept(groups)
+    groups, means = [group for _, group, _ in found], [got.mean for _, _, got in found]
+    by = swept(groups) if len(groups) > 1 else None
     if len(found) < 2 or not (by or comparison.repeated):
         return None  # the table says as much
-    places = by[1] if by else [float(i) for i in range(len(groups))]
-    line = [_joined(places, [got.mean for _, _, got in found])] if by else []
-    dots = [d for (i, g, got), x in zip(found, places, strict=True) for d in _dots(g, got, figure, x, f"${color(i)}")]
+    places = by.places if by else [float(i) for i in range(len(groups))]
+    dots = [d for (i, g, got), x in zip(found, places, strict=True) for d in _dots(i, g, got, figure, x)]
     values = [value for group, (_, _, got) in zip(groups, found, strict=True) for value in (*_values(group, figure), *got.ends)]
-    layout = _layout(limits(values), f"{figure.title}, {'nats' if figure.name.endswith('nats') else 'share'}")
-    layout["hovermode"] = "closest"
+    layout: dict[str, Any] = _layout(limits(values), f"{figure.title}, nats per token") | {"hovermode": "closest"}
     if figure.name == "gap_recovered":
         layout["yaxis"] |= {"tickformat": ".0%", "title": axis_title(figure.title)}
     if by:
-        layout["xaxis"] |= {"title": axis_title(by[0]), "tickvals": sorted(set(places))} | _span(places)
+        layout["xaxis"] |= {"title": axis_title(by.key)} | _numbers_axis(by.places)
+        layout["annotations"] = _ends(by, means) if len(set(by.series)) > 1 else []
     else:
         labels = [html.escape(group.label, quote=False).replace(", ", "<br>") for group in groups]
         layout["xaxis"] |= {"range": [-0.5, len(groups) - 0.5], "tickvals": places, "ticktext": labels}
     rows = [
-        [
-            group.label,
-            figure.shown(got.mean),
-            *(map(figure.shown, got.ends) if got.half is not None else (NOTHING, NOTHING)),
-            str(got.n),
-        ]
-        for group, (_, _, got) in zip(groups, found, strict=True)
+        [group.label, figure.shown(got.mean), *(figure.shown(end) if got.n > 1 else NOTHING for end in got.ends), str(got.n)]
+        for _, group, got in found
     ]
-    return Chart({"data": line + dots, "layout": layout}, ["", "mean", "from", "to (95 %)", "runs"], rows)
+    return Chart({"data": _joined(by, means) + dots, "layout": layout}, ["", "mean", "from", "to (95 %)", "runs"], rows)
 
 
-def _dots(group: Group, got: Interval, figure: Figure, place: float, paint: str) -> list[dict[str, Any]]:
-    name = html.escape(group.label, quote=False)
+def _dots(index: int, group: Group, got: Interval, figure: Figure, place: float) -> list[dict[str, Any]]:
+    name, paint = html.escape(group.label, quote=False), f"${color(index)}"
+    marker = {"color": paint, "symbol": "circle-open"} if is_dashed(index) else {"color": paint}
     base = {"type": "scatter", "mode": "markers", "name": name}
-    mean = base | {"x": [place], "y": [got.mean], "marker": {"color": paint, "size": 10}}
+    mean = base | {"x": [place], "y": [got.mean], "marker": marker | {"size": 10}}
     mean["hovertemplate"] = f"{name}<br>{figure.shown(got.mean)}<extra></extra>"
     if got.half is None:
         return [mean]
@@ -110,17 +125,42 @@ def _dots(group: Group, got: Interval, figure: Figure, place: float, paint: str)
     return [each, mean | {"error_y": {"type": "data", "array": [got.half], "color": paint, "thickness": 1.5, "width": 6}}]
 
 
-def _joined(places: Sequence[float], means: Sequence[float]) -> dict[str, Any]:
-    x, y = zip(*sorted(zip(places, means, strict=True)), strict=True)
-    line = {"color": "$neutral", "width": 1.5}
-    return {"type": "scatter", "mode": "lines", "x": list(x), "y": list(y), "line": line, "hoverinfo": "skip"}
+def _joined(by: Sweep | None, means: Sequence[float]) -> list[dict[str, Any]]:
+    """A thin line through the means of each series."""
+    style = {"type": "scatter", "mode": "lines", "hoverinfo": "skip", "line": {"color": "$neutral", "width": 1.5}}
+    return [style | {"x": list(x), "y": list(y)} for _, x, y in _series(by, means)] if by else []
 
 
-def _span(places: Sequence[float]) -> dict[str, Any]:
-    """The x axis for `places`: logarithmic where they spread over more than a decade, as learning rates do."""
-    if min(places) > 0 and max(places) > 10 * min(places):
-        return {"type": "log", "range": list(limits([math.log10(x) for x in places]))}
-    return {"range": list(limits(places))}
+def _ends(by: Sweep, means: Sequence[float]) -> list[dict[str, Any]]:
+    """The words of each series over its last mean; a logarithmic axis takes exponents."""
+    place = math.log10 if _is_logarithmic(by.places) else float
+    style = {"showarrow": False, "xanchor": "right", "yshift": 15, "bgcolor": "$page", "font": {"color": "$muted", "size": 12}}
+    return [
+        style | {"x": place(x[-1]), "y": y[-1], "text": html.escape(name, quote=False)} for name, x, y in _series(by, means)
+    ]
+
+
+def _series(by: Sweep, means: Sequence[float]) -> list[tuple[str, tuple[float, ...], tuple[float, ...]]]:
+    """Name, ascending places, and means of each series."""
+    found: list[tuple[str, tuple[float, ...], tuple[float, ...]]] = []
+    for name in dict.fromkeys(by.series):
+        pairs = sorted((x, y) for x, y, own in zip(by.places, means, by.series, strict=True) if own == name)
+        found.append((name, tuple(x for x, _ in pairs), tuple(y for _, y in pairs)))
+    return found
+
+
+def _numbers_axis(places: Sequence[float]) -> dict[str, Any]:
+    """An axis with ticks at `places` alone."""
+    ticks = sorted(set(places))
+    axis: dict[str, Any] = {"tickvals": ticks, "ticktext": [f"{x:g}" for x in ticks]}
+    if _is_logarithmic(places):
+        return axis | {"type": "log", "range": list(limits([math.log10(x) for x in places]))}
+    return axis | {"range": list(limits(places))}
+
+
+def _is_logarithmic(places: Sequence[float]) -> bool:
+    """Whether they spread over more than a decade, as learning rates do."""
+    return min(places) > 0 and max(places) > 10 * min(places)
 
 
 def _values(group: Group, figure: Figure) -> list[float]:

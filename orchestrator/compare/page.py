@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator.compare.charts import COLORS, charts, color
+from orchestrator.compare.charts import COLORS, charts, color, is_dashed
 from orchestrator.compare.figures import FIGURES, Figure
 from orchestrator.compare.groups import Comparison, Group, Interval, finding, shown_value
 from orchestrator.compare.read import RunRecord
@@ -36,7 +36,7 @@ def write_page(comparison: Comparison, path: Path) -> Path:
 def page(comparison: Comparison) -> str:
     """The page's HTML."""
     drawn = charts(comparison)
-    groups = [{"label": group.label, "color": color(i)} for i, group in enumerate(comparison.groups)]
+    groups = [{"label": group.label, "color": _style(i)} for i, group in enumerate(comparison.groups)]
     return (
         templates(Path(__file__).parent)
         .get_template("page.html.j2")
@@ -72,7 +72,7 @@ def _run_row(comparison: Comparison, run: RunRecord) -> dict[str, Any]:
         for figure in FIGURES
     ]
     row = {"name": run.name, "note": " · ".join(noted), "cells": cells, "address": run.address, "job_yaml": run.job_yaml}
-    return row | {"color": color(comparison.groups.index(comparison.group_of(run)))}
+    return row | {"color": _style(comparison.groups.index(comparison.group_of(run)))}
 
 
 def _group_row(comparison: Comparison, index: int, group: Group) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _group_row(comparison: Comparison, index: int, group: Group) -> dict[str, An
         for figure in FIGURES
     ]
     noted = f"{len(group.runs)} run{'s' if len(group.runs) > 1 else ''}"
-    return {"name": group.label, "note": noted, "cells": cells, "color": color(index)}
+    return {"name": group.label, "note": noted, "cells": cells, "color": _style(index)}
 
 
 def _interval(figure: Figure, found: Interval | None, best: bool, runs: int) -> dict[str, Any]:
@@ -90,3 +90,8 @@ def _interval(figure: Figure, found: Interval | None, best: bool, runs: int) -> 
     parts = [f"± {figure.shown(found.half)}"] if found.half is not None else []
     parts += [f"of {found.n}"] if found.n < runs else []
     return {"text": figure.shown(found.mean), "best": best, "note": " ".join(parts)}
+
+
+def _style(index: int) -> str:
+    """CSS classes of what belongs to group number `index`."""
+    return color(index) + (" ring" if is_dashed(index) else "")

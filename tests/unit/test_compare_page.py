@@ -85,7 +85,7 @@ def test_the_axis_of_a_learning_rate_is_logarithmic(tmp_path: Path) -> None:
     for i, rate in enumerate((1e-4, 1e-3, 1e-2)):
         write_run(tmp_path, f"r{i}", f"train.learning_rate={rate}", ce=3.3 + i / 10)
     found = compared(read_runs(["r0", "r1", "r2"], str(tmp_path / "store")))
-    assert swept(found.groups) == ("train.learning_rate", [1e-4, 1e-3, 1e-2])
+    assert swept(found.groups) == ("train.learning_rate", [1e-4, 1e-3, 1e-2], [""] * 3)
     axis = charts(found)["reached"].figure["layout"]["xaxis"]
     assert axis["type"] == "log" and axis["range"][0] < -4 and axis["range"][1] > -2
 
@@ -123,3 +123,15 @@ def test_best_is_marked_once_in_each_column(comparison: Comparison) -> None:
     for table in (seeds, runs):
         assert len(re.findall('class="best"', table)) == 5, "tokens/s and label bytes are equal, wall time has no better side"
     assert re.search(r"run-1</?[^>]*>.*?class=\"best\">3\.3000", runs, re.DOTALL)
+
+
+def test_a_grid_of_two_keys_makes_a_line_for_each_value_of_the_other(tmp_path: Path) -> None:
+    cases = [(rate, k) for k in (8, 16) for rate in (1e-3, 1e-4, 1e-2)]
+    for i, (rate, k) in enumerate(cases):
+        write_run(tmp_path, f"r{i}", f"train.learning_rate={rate}", f"labels={{kind: topk, k: {k}}}", ce=3.3 + i / 10)
+    found = compared(read_runs([f"r{i}" for i in range(6)], str(tmp_path / "store")))
+    figure = charts(found)["reached"].figure
+    lines = [(t["x"], t["y"]) for t in figure["data"] if t["mode"] == "lines"]
+    assert [x for x, _ in lines] == [[1e-4, 1e-3, 1e-2]] * 2
+    assert [y for _, y in lines] == [pytest.approx([3.4, 3.3, 3.5]), pytest.approx([3.7, 3.6, 3.8])]
+    assert [(a["text"], a["x"]) for a in figure["layout"]["annotations"]] == [("k 8", -2.0), ("k 16", -2.0)]
