@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.cli.cluster import cluster_app
-from orchestrator.cli.options import AsJson, JobFile, Overrides
+from orchestrator.cli.experiments import experiments_app
+from orchestrator.cli.options import AsJson, JobFile, Overrides, Storage
 from orchestrator.errors import DistillError, Terminated, find_user_error
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 labels_app = typer.Typer(help="Look into a label log.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(labels_app, name="labels")
 app.add_typer(cluster_app)
+app.add_typer(experiments_app)
 dashboards_app = typer.Typer(help="Watch runs in Grafana.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(dashboards_app, name="dashboards")
 
@@ -95,17 +97,25 @@ def schema() -> None:
 
 @app.command()
 def report(
-    run_directory: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")], as_json: AsJson = False
+    run_name: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or name of a run (see --storage).")],
+    storage: Storage = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Open report.html in the browser instead.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Print the summary of a finished run."""
+    """Print the summary of a finished run, or open its report."""
     from orchestrator.errors import SpecError
-    from orchestrator.store.files import open_store
+    from orchestrator.report.browser import local_page, open_page
+    from orchestrator.run_lookup import find_run
 
-    name = "report.json" if as_json else "summary.md"
+    directory = find_run(run_name, storage)
+    name = "report.html" if open_it else "report.json" if as_json else "summary.md"
     try:
-        print(open_store(run_directory).read(name).decode(), end="")
+        if not open_it:
+            print(directory.read(name).decode(), end="")
+        elif not open_page(page := local_page(directory, name)):
+            print(page)
     except FileNotFoundError:
-        raise SpecError(f"{run_directory}: no {name} there; the run has not finished or is elsewhere") from None
+        raise SpecError(f"{run_name}: has no {name} yet, because it has not finished; run the same job again") from None
 
 
 @labels_app.command("inspect")

@@ -119,3 +119,8 @@ def job_tags() -> dict[str, str]:
     """Tags that lead from a tracked run back to the Ray job it ran in."""
     submission = os.environ.get("RAY_JOB_SUBMISSION_ID")
     return {"ray.submission_id": submission} if submission else {}
+
+
+def has_display() -> bool:
+    """Whether a window can be opened: always on macOS and Windows, elsewhere with a display server or a set browser."""
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(n) for n in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
