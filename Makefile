@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .PHONY: quickstart gemma test check lint faults e2e dashboards dashboards-check seeds students bench bench-head bench-trl bench-pipelines \
-	bench-planner bench-prune bench-log bench-replicas bench-loading bench-gemma-pipeline bench-shards draws learn clean
+	bench-planner bench-prune bench-log bench-replicas bench-loading bench-gemma-pipeline bench-shards draws learn choose clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -89,6 +89,9 @@ bench-shards: $(READY)
 
 draws: $(READY)
 	$(BIN)/python tests/bench/draws.py
+
+choose: $(READY)
+	$(BIN)/python tests/bench/choose.py
 
 learn: $(READY)
 	$(BIN)/python tests/bench/learn.py

@@ -12,12 +12,13 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import AsJson, JobFile, Overrides, Storage
+from orchestrator.cli.options import AsJson, JobFile, Overrides, Quiet, Storage, Verbose
+from orchestrator.cli.usage import group
 from orchestrator.errors import SpecError
 
 PAGE = Path("compare.html")
 
-experiments_app = typer.Typer(rich_markup_mode=None)
+experiments_app = group()
 
 Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")]
 
@@ -46,6 +47,8 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, start nothing.")] = False,
     out: Out = PAGE,
     as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a job at every point of a grid, on one Ray and with shared labels, and compare; the same again continues."""
     from orchestrator.run_lookup import is_run
