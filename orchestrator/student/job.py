@@ -17,7 +17,7 @@ from orchestrator.store.records import Record, TokenManifest
 NO_RESULT = {"checkpoint_every", "max_restarts", "workers", "cpus_per_worker", "activation_checkpointing"}
 """Fields of `train` that change no weight but by rounding: more workers add up the same gradients in another order. A training
 must find its checkpoints again when one of them changes."""
-TRAINING_VERSION = 3
+TRAINING_VERSION = 4
 """Raised when the code makes other weights of the same job."""
 
 
