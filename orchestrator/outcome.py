@@ -95,13 +95,13 @@ def compose(run: Run, tokens: Tokens, labels: Labelled, student: ModelFolder, me
     }
 
 
-def export(run: Run, student: ModelFolder, report: dict[str, Any]) -> None:
+def export(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolder, report: dict[str, Any]) -> None:
     """The student as a Hugging Face folder."""
-    from orchestrator.export.folder import export_model
+    from orchestrator.export.folder import Release, export_model
 
     target = run.job.export.directory or run.store.address(f"{run.directory.key}/export")
     with run.stage("export", student.manifest.content):
-        export_model(student.path, target, report, run.job.export.mtp == "keep")
+        export_model(Release(run.job, run.store, tokens, teacher, student, report), target)
 
 
 def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[str, Any]:

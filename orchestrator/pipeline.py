@@ -30,5 +30,5 @@ def run(plan: Plan, display: Display | None = None) -> dict[str, Any]:
             baseline = work.start(steps.train_baseline, run, tokens, demand.student, after=labels)
         measured = outcome.evaluate(run, tokens, teacher, student.result(), baseline.result())
         report = outcome.compose(run, tokens, labels.result(), student.result(), measured)
-        outcome.export(run, student.result(), report)
+        outcome.export(run, tokens, teacher, student.result(), report)
         return outcome.write_report(run, report, measured)

@@ -9,8 +9,9 @@ import ray
 
 from orchestrator.data.pack import PackedPiece, pack_piece
 from orchestrator.data.sources import Piece, corpus_listing, list_pieces
-from orchestrator.data.tokenizer import TokenizerFacts, copy_tokenizer, tokenizer_facts, train_tokenizer
+from orchestrator.data.tokenizer import TokenizerFacts, tokenizer_facts, train_tokenizer
 from orchestrator.errors import DataError
+from orchestrator.models.tokenizer import copy_tokenizer
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.runtime.environment import limit_threads
 from orchestrator.runtime.session import quiet_ray_data
@@ -75,6 +76,7 @@ def token_manifest(key: str, data: Data, facts: TokenizerFacts, packed: list[Pac
         heldout_documents=sum(p.heldout_documents for p in packed),
         skipped_documents=sum(p.skipped_documents for p in packed),
         dropped_tokens=sum(p.dropped_tokens for p in packed),
+        special_documents=sum(p.special_documents for p in packed),
         target_share=sum(p.targets for p in packed) / max(1, rows * data.seq_len),
     )
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import shutil
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.data.sources import Piece, read_piece
 from orchestrator.errors import DataError
 from orchestrator.spec.data import Data, TrainTokenizer
 from orchestrator.store.files import sha256_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 64 << 20
@@ -51,11 +55,6 @@ def train_tokenizer(data: Data, spec: TrainTokenizer, pieces: Sequence[Piece], f
     wrapped.save_pretrained(folder)
 
 
-def copy_tokenizer(model: Path, folder: Path) -> None:
-    """Bring the tokenizer of a model folder into `folder`: all of it but the weights."""
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*", "*.gguf"), dirs_exist_ok=True)
-
-
 def tokenizer_facts(folder: Path) -> TokenizerFacts:
     """Facts of the tokenizer in `folder`."""
     from transformers import AutoTokenizer
@@ -68,6 +67,12 @@ def tokenizer_facts(folder: Path) -> TokenizerFacts:
         bos=first if first == tokenizer.bos_token_id else None,
         separator=tokenizer.eos_token_id,
     )
+
+
+def special_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Finds the text of a special token; nothing where `tokenizer` has none."""
+    texts = [re.escape(token.content) for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    return re.compile("|".join(sorted(texts, key=len, reverse=True)) or r"(?!)")
 
 
 def decode_document(data: Data, name: str, raw: bytes) -> str | None:

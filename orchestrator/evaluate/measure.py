@@ -23,6 +23,7 @@ from orchestrator.evaluate.tokens import Against, by_token
 from orchestrator.labels.answer import Answer
 from orchestrator.models.build import device, load_model, outline
 from orchestrator.models.head import last_hidden, output_head
+from orchestrator.models.hub import weight_files
 from orchestrator.models.mtp import load_mtp
 from orchestrator.models.router import active_parameters
 from orchestrator.plan.memory import head_rows
@@ -51,7 +52,7 @@ class Subject:
     @property
     def size_bytes(self) -> int:
         """Of the model's weights, without multi-token-prediction modules beside it."""
-        return sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+        return sum(file.stat().st_size for file in weight_files(self.folder))
 
 
 @dataclass(frozen=True)
