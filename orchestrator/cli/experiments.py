@@ -13,18 +13,19 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.options import AsJson, JobFile, Overrides, Storage
+from orchestrator.cli.usage import group
 from orchestrator.errors import SpecError
 
 PAGE = Path("compare.html")
 
-experiments_app = typer.Typer(rich_markup_mode=None)
+experiments_app = group()
 
 Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")]
 
 
 @experiments_app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories, or names of runs (see --storage).")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run directories, or names of runs (see --storage).")],
     storage: Storage = None,
     out: Out = PAGE,
     as_json: AsJson = False,
