@@ -11,16 +11,17 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import DistillError, SpecError, find_user_error
 from orchestrator.plan.make import Plan, make_plan
-from orchestrator.run.directory import claim_directory, identity_of
+from orchestrator.run.directory import RUN, RunDirectory, claim_directory, identity_of
 from orchestrator.spec.load import load_job
 from orchestrator.spec.reader import Reader, clip
-from orchestrator.store.files import open_store
+from orchestrator.store.files import Store, open_store
 
 _AXIS = re.compile(r"([\w-]+(?:\.[\w-]+)*)=(.*)", re.ASCII | re.DOTALL)
 _PLAIN = re.compile(r"[\w./-]+")
@@ -116,31 +117,47 @@ def points(job: str | Path, axes: Mapping[str, Sequence[Any]], overrides: Sequen
 
 
 def run_points(grid_points: Sequence[Point]) -> list[Ran]:
-    """Run `grid_points` one after another, or continue those that are not done.
+    """Run `grid_points` one after another, or continue them; a point whose run has finished keeps its report as it is.
 
     A point that fails with a user's error does not keep the others from running; any other error ends the sweep.
     """
-    from orchestrator.pipeline import run
     from orchestrator.runtime.session import ray_session
 
-    ended: list[Ran] = []
     slots = max(point.plan.cpu_slots for point in grid_points)
-    with ray_session(grid_points[0].plan.job.cluster, slots):
+    ended: list[Ran] = []
+    with ExitStack() as stack:
         for number, point in enumerate(grid_points, 1):
             store = open_store(point.plan.storage)
             store.check_writable()
             directory = claim_directory(store, point.plan.job)
-            _say(f"sweep {number}/{len(grid_points)}  {directory.run}  {point}")
-            report, error = None, None
-            try:
-                report = run(point.plan)
-            except Exception as raised:
-                error = find_user_error(raised)
-                if error is None:
-                    raise
+            report, error = _report_of(store, directory), None
+            _say(f"sweep {number}/{len(grid_points)}  {directory.run}  {point}" + ("  finished before" if report else ""))
+            if report is None:
+                stack.enter_context(ray_session(grid_points[0].plan.job.cluster, slots))  # the first starts Ray, others keep it
+                report, error = _attempt(point)
+            if error is not None:
                 _say(f"{directory.run} failed: {error}")
             ended.append(Ran(point, store.address(directory.key), report, error))
     return ended
+
+
+def _report_of(store: Store, directory: RunDirectory) -> dict[str, Any] | None:
+    """The report of a run that has finished; None for any other. To run it once more would lose what it measured of speed."""
+    record = store.read_json(f"{directory.key}/{RUN}") or {}
+    return store.read_json(f"{directory.key}/report.json") if record.get("status") == "finished" else None
+
+
+def _attempt(point: Point) -> tuple[dict[str, Any] | None, DistillError | None]:
+    """The report of `point`, or the user's error that it failed with."""
+    from orchestrator.pipeline import run
+
+    try:
+        return run(point.plan), None
+    except Exception as raised:
+        error = find_user_error(raised)
+        if error is None:
+            raise
+        return None, error
 
 
 def _say(line: str) -> None:

@@ -20,9 +20,9 @@ from orchestrator.errors import DistillError, Terminated, find_user_error, one_l
 
 app = group("distill", "Distil language models: a teacher pool writes soft labels, students learn from them.")
 app.add_typer(run_app)
+app.add_typer(experiments_app)
 app.add_typer(labels_app)
 app.add_typer(cluster_app)
-app.add_typer(experiments_app)
 app.add_typer(dashboards_app)
 
 

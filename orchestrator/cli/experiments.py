@@ -25,7 +25,7 @@ Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page
 
 @experiments_app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories, or names of runs (see --storage).")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run directories, or names of runs (see --storage).")],
     storage: Storage = None,
     out: Out = PAGE,
     as_json: AsJson = False,

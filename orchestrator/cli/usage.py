@@ -18,6 +18,7 @@ EXAMPLES = {
     "JOB": ("jobs/quickstart.yaml", "distill init makes one"),
     "ID": ("quickstart", "distill list shows them"),
     "RUN": ("STORAGE/runs/quickstart", "a run prints it as its first line"),
+    "KEY=a,b,c": ("JOB --grid objective.alpha=0,0.1,1", "distill schema lists the keys"),
     "LOG": ("STORAGE/labels/KEY", "report.json of a run has the KEY"),
     "DIR": ("monitoring", "it is made if it is not there"),
 }

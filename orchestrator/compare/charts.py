@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from orchestrator.compare.figures import BY_NAME, Figure
 from orchestrator.compare.groups import ABSENT, Comparison, Group, Interval, described
 from orchestrator.report.charts.figure import Chart, Curve, axis_title, curve, drawn, frame, limits, plain_axis
@@ -193,10 +195,10 @@ def _course(comparison: Comparison, metric: str) -> Chart | None:
 
 
 def _mean(curves: Sequence[Curve]) -> Curve:
-    """The mean of `curves` at the steps that all of them have."""
-    values = [dict(zip(c.x, c.y, strict=True)) for c in curves]
-    x = [step for step in curves[0].x if all(step in own for own in values)]
-    return curves[0]._replace(x=x, raw=[], y=[sum(own[step] for own in values) / len(values) for step in x])
+    """The mean of `curves` as far as all of them go."""
+    shortest = min(curves, key=lambda c: c.x[-1])
+    values = [np.interp(shortest.x, c.x, c.y) for c in curves]  # thinned curves of other lengths have other steps
+    return shortest._replace(raw=[], y=np.mean(values, axis=0).tolist())
 
 
 def _other_objectives(comparison: Comparison) -> bool:

@@ -154,29 +154,32 @@ def difference(better: Group, other: Group, figure: str) -> Interval | None:
 def finding(comparison: Comparison) -> str:
     """What the comparison shows, in one sentence that claims no more than was measured."""
     ce = BY_NAME["heldout_ce_nats"]
-    ranked = sorted(
-        ((found.mean, group) for group in comparison.groups if (found := group.figure(ce.name)) is not None),
-        key=lambda pair: pair[0],
-    )
-    measured = sum(len(group.runs) for _, group in ranked)
-    if measured < len(comparison.runs) and len(ranked) < 2:
-        return (
-            f"{measured} of {len(comparison.runs)} runs have a held-out cross entropy so far: there is nothing to compare yet."
-        )
+    measured = [(found, group) for group in comparison.groups if (found := group.figure(ce.name)) is not None]
+    ranked = sorted(measured, key=lambda pair: pair[0].mean)
+    runs = sum(found.n for found, _ in ranked)
+    if len(ranked) < 2 and runs < len(comparison.runs):
+        return f"{runs} of {len(comparison.runs)} runs have a held-out cross entropy so far: there is nothing to compare yet."
     if ce.on in comparison.incomparable:
         return "These runs were measured on different held-out rows, so none can be called the best."
     if len(ranked) == 1:
-        mean, half, n = ranked[0][1].figure(ce.name) or Interval(0.0, None, 0)
-        return f"{n} seeds of one job: held-out cross entropy {mean:.4f} ± {half or 0.0:.4f} nats per token (95 %)."
+        return _of_one_job(ranked[0][0])
     (best, first), (next_best, second) = ranked[:2]
-    if best == next_best:
-        return f"No run stands out: {first.label} and {second.label} have the same held-out cross entropy."
-    paired = difference(first, second, ce.name)
+    if best.mean == next_best.mean:
+        return f"No job stands out: {first.label} and {second.label} have the same held-out cross entropy."
     start = f"{first.label} has the lowest held-out cross entropy"
+    paired = difference(first, second, ce.name)
     if paired is None or paired.half is None:
-        return f"{start}, {next_best - best:.4f} nats per token below {second.label}."
+        return f"{start}, {next_best.mean - best.mean:.4f} nats per token below {second.label}."
+    if paired.mean >= 0:
+        return f"{start} on average, but not over the {paired.n} seeds that {second.label} has too."
     by = f"{-paired.mean:.4f} ± {paired.half:.4f} nats per token below {second.label} over {paired.n} seeds"
-    return f"{start}, {by}{'' if paired.mean + paired.half < 0 else ': that may be chance'}."
+    return f"{start}, {by}{'' if paired.ends[1] < 0 else ': that may be chance'}."
+
+
+def _of_one_job(found: Interval) -> str:
+    if found.half is None:
+        return f"One run: held-out cross entropy {found.mean:.4f} nats per token."
+    return f"{found.n} runs of one job: held-out cross entropy {found.mean:.4f} ± {found.half:.4f} nats per token (95 %)."
 
 
 def _cautions(runs: Sequence[RunRecord], groups: Sequence[Group]) -> tuple[frozenset[str], tuple[str, ...]]:

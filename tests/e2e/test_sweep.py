@@ -10,11 +10,10 @@ import pytest
 from tests.tiny import (
     DISTILL,
     LABELLER,
-    PATIENCE_S,
-    TRAINER,
     Ended,
     Json,
     commits,
+    contents,
     distill,
     metric_points,
     report,
@@ -38,6 +37,11 @@ def raylets(ended: Ended) -> int:
     return sum("/raylet/raylet " in title for title in ended.titles)
 
 
+def stages_of(storage: Path, name: str) -> list[str]:
+    found = statuses(storage, name)
+    return [found[stage] for stage in COSTLY]
+
+
 def swept(folder: Path, job: Json) -> tuple[str | Path, ...]:
     values = ",".join(map(str, ALPHAS))
     return ("sweep", write_job(job), "--grid", f"objective.alpha={values}", "--out", folder / "page.html", "--json")
@@ -52,25 +56,20 @@ def test_a_killed_sweep_goes_on_and_shares_what_its_runs_have_in_common(tmp_path
     with started(tmp_path / "killed", *DISTILL, *arguments) as command:
         command.until(lambda: metric_points(storage, "student", "tiny-2"), every_s=0.1)
         command.kill()
-    finished_first = report(storage, "tiny")
-    trained = metric_points(storage, "student", "tiny")
+    first = contents(storage / "runs" / "tiny")
     labelled = commits(storage)
-    assert labelled and len(trained) > 1
+    assert labelled and "report.json" in first
     assert not (storage / "runs" / "tiny-2" / "report.json").exists()
 
     ended = distill(tmp_path / "again", *arguments).assert_ok()
     assert raylets(ended) == 1
     assert commits(storage) == labelled and not ended.started(LABELLER)
-    assert statuses(storage, "tiny") | dict.fromkeys(COSTLY, "reused") == statuses(storage, "tiny")
-    assert metric_points(storage, "student", "tiny") == trained
-    assert report(storage, "tiny")["student"]["heldout_ce_nats"] == finished_first["student"]["heldout_ce_nats"]
-    for name in RUNS[1:]:
-        found = statuses(storage, name)
-        assert (found["data"], found["teacher"], found["labels"], found["student"]) == ("reused", "reused", "reused", "ran"), (
-            name
-        )
+    assert contents(storage / "runs" / "tiny") == first
+    assert stages_of(storage, "tiny-2") in (["reused"] * 3 + ["ran"], ["reused"] * 4), "killed while or after it trained"
+    assert stages_of(storage, "tiny-3") == ["reused"] * 3 + ["ran"]
+    for name in RUNS:
         steps = [point["step"] for point in metric_points(storage, "student", name)]
-        assert steps == sorted(set(steps)) and max(steps) >= SWEEP_STEPS - 1
+        assert steps == sorted(set(steps)) and steps[-1] == SWEEP_STEPS - 1, name
 
     shown = json.loads(ended.stdout)
     assert [run["name"] for run in shown["runs"]] == list(RUNS) and shown["differs"] == ["objective.alpha"]
@@ -80,9 +79,8 @@ def test_a_killed_sweep_goes_on_and_shares_what_its_runs_have_in_common(tmp_path
         assert run["status"] == "finished" and run["figures"]["heldout_ce_nats"] == own
     assert len({run["figures"]["heldout_ce_nats"] for run in shown["runs"]}) == len(RUNS)
     assert Path(shown["page"]) == tmp_path / "page.html"
-    assert Path(shown["page"]).stat().st_size < 1_000_000
 
-    trained_all = {name: metric_points(storage, "student", name) for name in RUNS}
+    everything = contents(storage)
     last = distill(tmp_path / "third", *arguments).assert_ok()
-    assert not last.started(LABELLER) and not last.started(TRAINER) and last.seconds < PATIENCE_S
-    assert {name: metric_points(storage, "student", name) for name in RUNS} == trained_all
+    assert raylets(last) == 0 and contents(storage) == everything
+    assert json.loads(last.stdout) == shown

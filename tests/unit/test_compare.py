@@ -120,6 +120,16 @@ def test_a_difference_that_seeds_explain_is_said_to_be_chance(tmp_path: Path) ->
     assert finding(seeds(tmp_path, [3.3, 3.5, 3.4], [3.5, 3.3, 3.41])).endswith("may be chance.")
 
 
+def test_means_over_other_seeds_do_not_outweigh_the_common_ones(tmp_path: Path) -> None:
+    seeds(tmp_path, [3.30, 3.31], [3.29, 3.30])
+    write_run(tmp_path, "a2", "objective.alpha=0", "seed=2", ce=3.0)
+    found = comparison(tmp_path, "a0", "a1", "a2", "b0", "b1")
+    assert (
+        finding(found)
+        == "alpha 0 has the lowest held-out cross entropy on average, but not over the 2 seeds that alpha 1 has too."
+    )
+
+
 def test_nothing_is_best_on_other_heldout_rows(tmp_path: Path) -> None:
     write_run(tmp_path, "a", ce=3.4)
     write_run(tmp_path, "b", ce=3.3)
@@ -143,7 +153,7 @@ def test_a_seed_is_not_called_the_best_of_one_job(tmp_path: Path) -> None:
     write_run(tmp_path, "a", "seed=0", ce=3.4)
     write_run(tmp_path, "b", "seed=1", ce=3.3)
     found = comparison(tmp_path, "a", "b")
-    assert found.best_runs(CE) == set() and finding(found).startswith("2 seeds of one job: ")
+    assert found.best_runs(CE) == set() and finding(found).startswith("2 runs of one job: ")
 
 
 # Runs that are not finished, or not there.

@@ -135,3 +135,14 @@ def test_a_grid_of_two_keys_makes_a_line_for_each_value_of_the_other(tmp_path: P
     assert [x for x, _ in lines] == [[1e-4, 1e-3, 1e-2]] * 2
     assert [y for _, y in lines] == [pytest.approx([3.4, 3.3, 3.5]), pytest.approx([3.7, 3.6, 3.8])]
     assert [(a["text"], a["x"]) for a in figure["layout"]["annotations"]] == [("k 8", -2.0), ("k 16", -2.0)]
+
+
+def test_a_mean_goes_as_far_as_the_shortest_of_long_courses(tmp_path: Path) -> None:
+    """Courses of more than 600 points are thinned, by buckets that depend on their length."""
+    for seed, steps in enumerate((1500, 900)):
+        write_run(tmp_path, f"r{seed}", f"seed={seed}", ce=None if seed else 3.4, status="running", steps=steps)
+    write_run(tmp_path, "other", "objective.alpha=1", steps=1500)
+    figure = charts(compared(read_runs(["r0", "r1", "other"], str(tmp_path / "store"))))["ce"].figure
+    mean = next(trace for trace in figure["data"] if "opacity" not in trace)
+    assert 890 <= mean["x"][-1] < 900 and len(mean["x"]) > 400
+    assert mean["y"][-1] == pytest.approx((3.4 + 3.5) / 2 - 0.1, abs=0.05)

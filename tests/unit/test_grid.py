@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +146,18 @@ def test_a_sweep_that_is_started_again_has_the_same_runs(job: Path, stubbed: dic
     names = [Path(ran.run).name for ran in run_points(points(job, {"objective.alpha": [0, 1]}))]
     assert [Path(ran.run).name for ran in run_points(points(job, {"objective.alpha": [0, 1]}))] == names
     assert [Path(ran.run).name for ran in run_points(points(job, {"objective.alpha": [0.5, 1, 0]}))] == ["tiny-3", *names[::-1]]
+
+
+def test_a_run_that_has_finished_keeps_its_report(
+    job: Path, stubbed: dict[float, Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Running it again would measure no speed, because everything would be reused."""
+    first, second = run_points(points(job, {"objective.alpha": [0, 1]}))
+    for ran, status in ((first, "finished"), (second, "failed")):
+        Path(ran.run).mkdir(parents=True)
+        (Path(ran.run) / "run.json").write_text(json.dumps({"status": status}))
+        (Path(ran.run) / "report.json").write_text('{"kept": 1}')
+    again = run_points(points(job, {"objective.alpha": [0, 1]}))
+    assert [ran.report for ran in again] == [{"kept": 1}, {"alpha": 1.0}]
+    monkeypatch.setattr("orchestrator.runtime.session.ray_session", None)
+    assert run_points(points(job, {"objective.alpha": [0]}))[0].report == {"kept": 1}, "no Ray for what is done"
