@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.cli.cluster import cluster_app
+from orchestrator.cli.init import init
 from orchestrator.cli.options import AsJson, JobFile, Overrides
 from orchestrator.errors import DistillError, Terminated, find_user_error
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 labels_app = typer.Typer(help="Look into a label log.", no_args_is_help=True, rich_markup_mode=None)
+app.command()(init)
 app.add_typer(labels_app, name="labels")
 app.add_typer(cluster_app)
 dashboards_app = typer.Typer(help="Watch runs in Grafana.", no_args_is_help=True, rich_markup_mode=None)
