@@ -72,7 +72,7 @@ def pruned_student(teacher: TeacherFolder) -> dict[str, int] | None:
     if teacher.type not in PRUNABLE or teacher.shape is None:
         return None
     return {
-        "layers": _half(teacher.config["num_hidden_layers"], 1),
+        "layers": _half(teacher.config["num_hidden_layers"]),
         "intermediate_size": _half(teacher.config["intermediate_size"]),
     }
 
@@ -83,11 +83,11 @@ def small_student(teacher: TeacherFolder) -> dict[str, Any]:
     width = shape.width if shape else teacher.config.get("hidden_size") or teacher.config.get("n_embd") or 256
     blocks = len(shape.blocks) if shape else teacher.config.get("num_hidden_layers") or teacher.config.get("n_layer") or 4
     heads = 4 if width < 1024 else 8
-    size = max(heads * 8, _half(width))
+    size = max(8, width // 2 // heads // 2 * 2) * heads  # an even width per head, which rotary embeddings turn in pairs
     config = {
         "hidden_size": size,
         "intermediate_size": 3 * size,
-        "num_hidden_layers": _half(blocks, 1),
+        "num_hidden_layers": _half(blocks),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "tie_word_embeddings": True,
@@ -109,10 +109,10 @@ def size(model: Decoder) -> str:
     return str(model.total)
 
 
-def _half(count: int, step: int = WIDTH_STEP) -> int:
-    """Half of `count`, a multiple of `step` where it is that large, at least 1."""
-    half = count // 2
-    return max(1, half // step * step if half >= step else half)
+def _half(count: int) -> int:
+    """Half of `count`, a multiple of `WIDTH_STEP` where it is that large, at least 1."""
+    half = max(1, count // 2)
+    return half // WIDTH_STEP * WIDTH_STEP if half >= WIDTH_STEP else half
 
 
 def _from_hub(name: str) -> Path:

@@ -12,8 +12,8 @@ from orchestrator.spec.schema import Node, root
 
 HEAD = """# Every key of a job file
 
-Made by `distill schema --markdown` from the code. Every key has a default, except those marked required. A section with a `kind`
-is one of several; its kind decides which keys it has.
+Made by `distill schema --markdown` from the code. Every key has a default, except those marked required. A section with a
+`kind` is one of several; its kind decides which keys it has.
 """
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
