@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart gemma test check lint faults e2e dashboards dashboards-check seeds students bench bench-head bench-trl bench-pipelines \
-	bench-planner bench-prune bench-log bench-replicas bench-loading bench-gemma-pipeline bench-shards draws learn choose clean
+.PHONY: quickstart gemma test check lint faults e2e docs wheel-check dashboards dashboards-check seeds students bench \
+	bench-head bench-trl bench-pipelines bench-planner bench-prune bench-log bench-replicas bench-loading bench-gemma-pipeline \
+	bench-shards draws learn choose clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,6 +37,14 @@ check: $(READY)
 
 e2e: $(READY)
 	$(BIN)/python -m pytest -m cluster tests/e2e
+
+# The generated part of docs/.
+docs: $(READY)
+	$(BIN)/distill schema --markdown > docs/reference.md
+
+# A wheel in an environment of its own, with everything it depends on; three jobs from an empty directory.
+wheel-check: $(READY)
+	$(BIN)/python -m pytest -m cluster tests/e2e/test_wheel.py -s --clean-install
 
 dashboards: $(READY)
 	$(BIN)/distill dashboards install dashboards

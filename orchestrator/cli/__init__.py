@@ -13,12 +13,14 @@ import typer
 from orchestrator.cli.cluster import cluster_app
 from orchestrator.cli.dashboards import dashboards_app
 from orchestrator.cli.experiments import experiments_app
+from orchestrator.cli.init import init
 from orchestrator.cli.labels import labels_app
 from orchestrator.cli.run import run_app
 from orchestrator.cli.usage import Interrupted, explain, group
 from orchestrator.errors import DistillError, Terminated, find_user_error, one_line
 
 app = group("distill", "Distil language models: a teacher pool writes soft labels, students learn from them.")
+app.command()(init)
 app.add_typer(run_app)
 app.add_typer(experiments_app)
 app.add_typer(labels_app)

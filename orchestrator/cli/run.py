@@ -88,10 +88,16 @@ def plan(
 
 
 @run_app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As tables of all keys, for readers.")] = False,
+) -> None:
     """Print the JSON schema of a job file, for editors."""
     from orchestrator.spec.load import job_schema
+    from orchestrator.spec.reference import reference_markdown
 
+    if markdown:
+        print(reference_markdown(), end="")
+        return
     print(json.dumps(job_schema(), indent=1))
 
 

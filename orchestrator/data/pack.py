@@ -131,7 +131,7 @@ def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: Token
             continue
         special += document.special
         name, ids = f"{document.content}:{document.name}", document.ids
-        if _is_heldout(document.content, data):
+        if is_heldout(document.content, data):
             heldout.add(name, ids[:most], document.context)
             cut += len(ids[most:])
         else:
@@ -200,7 +200,7 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _is_heldout(content: str, data: Data) -> bool:
+def is_heldout(content: str, data: Data) -> bool:
     """By content alone: the split does not depend on where a corpus lies, and copies of a text stay on one side."""
     draw = hashlib.sha256(f"{data.seed}:{content}".encode()).digest()
     return int.from_bytes(draw[:8], "big") < data.heldout_fraction * 2**64
