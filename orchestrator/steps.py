@@ -12,6 +12,8 @@ from dataclasses import replace
 from threading import Thread
 from typing import Any
 
+from orchestrator.checks.check import check_models as look_at_models
+from orchestrator.checks.check import refuse_first
 from orchestrator.data.prepare import identify_corpus, prepare_tokens, prepared_tokens
 from orchestrator.errors import SpecError
 from orchestrator.plan.fingerprint import fingerprint
@@ -20,7 +22,7 @@ from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.run import Run
 from orchestrator.runtime.session import check_resources
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher
+from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, TransformersTeacher
 from orchestrator.store.records import ModelFolder, Tokens, finished_model
 from orchestrator.student.job import Initial, TrainingJob
 
@@ -56,6 +58,7 @@ def fetch_teacher(run: Run) -> ModelFolder | None:
 
     with run.stage("teacher", fingerprint("teacher", spec)) as stage:
         teacher = fetch_teacher(run.store, spec)
+        refuse_first(look_at_models(_with_folder(run.job, teacher)))
         if spec.shards > 1:
             from orchestrator.models.build import outline
             from orchestrator.models.sharded import check_shards
@@ -63,6 +66,12 @@ def fetch_teacher(run: Run) -> ModelFolder | None:
             check_shards(outline(teacher.path), spec.shards)
         stage.figures["size_bytes"] = sum(f.bytes for f in teacher.manifest.files.values())
     return teacher
+
+
+def _with_folder(job: Job, teacher: ModelFolder) -> Job:
+    """`job` with its teacher where it is now: what was not known of it before it was fetched."""
+    local = TransformersTeacher(kind="transformers", path=str(teacher.path))
+    return job.model_copy(update={"teacher": local})
 
 
 def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:

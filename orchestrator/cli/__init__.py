@@ -7,13 +7,16 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestrator.cli.cluster import cluster_app
 from orchestrator.cli.options import AsJson, JobFile, Overrides
 from orchestrator.errors import DistillError, Terminated, find_user_error
+
+if TYPE_CHECKING:
+    from orchestrator.plan.make import Plan
 
 app = typer.Typer(
     name="distill",
@@ -33,13 +36,12 @@ app.add_typer(dashboards_app, name="dashboards")
 @app.command()
 def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False, dry_run: bool = False) -> None:
     """Run a job here, or continue it; finished stages are reused."""
-    from orchestrator.plan.explain import explain
     from orchestrator.plan.make import make_plan
     from orchestrator.spec.load import load_job
 
     plan = make_plan(load_job(job, overrides or []))
     if dry_run:
-        print(explain(plan))
+        _show_plan(plan, as_json)
         return
     from orchestrator.api import run as run_plan
 
@@ -66,7 +68,6 @@ def plan(
     calibrate: Annotated[bool, typer.Option(help="Measure these rates here first, with --cluster; half a minute.")] = False,
 ) -> None:
     """Show what a job will do: stages, batch algebra, memory, label bytes, DeepSpeed configuration."""
-    from orchestrator.plan.explain import as_dict, explain
     from orchestrator.plan.make import make_plan
     from orchestrator.spec.load import load_job
 
@@ -82,7 +83,20 @@ def plan(
                 rates = calibrated(made.job)
         print("\n".join(capacity(made, cluster, price, rates)))
         return
-    print(json.dumps(as_dict(made), indent=1) if as_json else explain(made))
+    _show_plan(made, as_json)
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    """Print `plan` and what a run of it would meet here; raises the error that a run would end with at once."""
+    from orchestrator.checks.check import check, explain_checked
+    from orchestrator.plan.explain import as_dict, explain
+
+    checked = check(plan)
+    if as_json:
+        print(json.dumps(as_dict(plan) | {"findings": [finding.as_dict() for finding in checked.findings]}, indent=1))
+    else:
+        print("\n".join([explain(plan), "", *explain_checked(plan, checked)]))
+    checked.refuse()
 
 
 @app.command()

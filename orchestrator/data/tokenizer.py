@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.data.sources import Piece, read_piece
 from orchestrator.errors import DataError
 from orchestrator.spec.data import Data, TrainTokenizer
 from orchestrator.store.files import sha256_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 64 << 20
@@ -32,8 +36,16 @@ class TokenizerFacts:
 
 def train_tokenizer(data: Data, spec: TrainTokenizer, pieces: Sequence[Piece], folder: Path) -> None:
     """Train a byte-level BPE on the first `TRAINING_BYTES` of the corpus and save it to `folder`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
+    tokenizer = train_bpe(_sample(data, pieces), spec)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    wrapped.save_pretrained(folder)
+
+
+def train_bpe(texts: Iterable[str], spec: TrainTokenizer) -> Tokenizer:
+    """A byte-level BPE trained on `texts`; raises `DataError` if they are too few for its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,13 +54,13 @@ def train_tokenizer(data: Data, spec: TrainTokenizer, pieces: Sequence[Piece], f
     trainer = trainers.BpeTrainer(
         vocab_size=spec.vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_sample(data, pieces), trainer)
-    if tokenizer.get_vocab_size() != spec.vocab_size:
+    tokenizer.train_from_iterator(texts, trainer)
+    found = tokenizer.get_vocab_size()
+    if found != spec.vocab_size:
         raise DataError(
-            f"data.tokenizer.vocab_size: the corpus yields only {tokenizer.get_vocab_size()} entries, not {spec.vocab_size}"
+            f"data.tokenizer.vocab_size: the corpus yields only {found} entries, not {spec.vocab_size}; set it to {found}"
         )
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-    wrapped.save_pretrained(folder)
+    return tokenizer
 
 
 def copy_tokenizer(model: Path, folder: Path) -> None:

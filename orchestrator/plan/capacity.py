@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from orchestrator.errors import SpecError
 from orchestrator.plan.cluster import Calibration, Cluster, assumed_calibration, parse_cluster
 from orchestrator.plan.estimate import Split, Workload, advice, balanced
 from orchestrator.plan.layout import layout_of
-from orchestrator.plan.make import Plan, decoder_of, vocabulary
+from orchestrator.plan.make import Plan, decoder_of, student_model, teacher_model, vocabulary
 from orchestrator.plan.memory import label_bytes_per_token
 from orchestrator.plan.sizes import Decoder, with_mtp
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import CheckpointStudent, ConfigStudent, Model, PretrainTeacher, TransformersTeacher
+from orchestrator.spec.model import Model
 
 
 def capacity(plan: Plan, cluster: str, price_per_hour: float | None, rates: Calibration | None) -> list[str]:
@@ -70,26 +67,15 @@ class Models:
 
 def models_of(job: Job) -> Models:
     """From the job file and local folders alone; raises `SpecError` where they do not say it."""
-    path = job.teacher.path if isinstance(job.teacher, TransformersTeacher) else None
-    teacher = job.teacher.model if isinstance(job.teacher, PretrainTeacher) else _in_folder(path, "teacher")
-    path = job.student.path if isinstance(job.student, CheckpointStudent) else None
-    student = job.student.model if isinstance(job.student, ConfigStudent) else _in_folder(path, "student")
-    vocab = vocabulary(job) or teacher.config.get("vocab_size")
-    if not isinstance(vocab, int):
+    teacher, student, vocab = teacher_model(job), student_model(job), vocabulary(job)
+    if teacher is None or vocab is None:
         raise SpecError(_UNKNOWN.format("teacher"))
+    if student is None:
+        raise SpecError(_UNKNOWN.format("student"))
     return Models(student, teacher, vocab)
 
 
 _UNKNOWN = "{}: neither the job file nor a local config.json says its size; a plan for a cluster needs it"
-
-
-def _in_folder(path: str | None, name: str) -> Model:
-    """What config.json of a local checkpoint describes."""
-    file = Path(path or "").expanduser() / "config.json"
-    if not path or not file.is_file():
-        raise SpecError(_UNKNOWN.format(name))
-    config: dict[str, Any] = json.loads(file.read_text())
-    return Model(type=str(config.pop("model_type", None)), config=config)
 
 
 def _known(shape: Decoder | None, name: str) -> Decoder:
