@@ -162,7 +162,7 @@ def _disk(plan: Plan) -> Iterator[Finding]:
     models, need = MODEL_BYTES * trained, CHECKPOINT_BYTES * trained + plan.label_bytes_at_most
     if models > free:
         yield Finding(
-            f"storage: disk full: the trained models take {_gib(models)}, {plan.storage} has {_gib(free)} free; take a larger one",
+            f"storage: disk full: the trained models take {_gib(models)}, {plan.storage} has {_gib(free)} free; take another",
             EnvironmentFault,
         )
     elif models + need > free:

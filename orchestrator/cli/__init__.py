@@ -73,10 +73,13 @@ def plan(
 
     made = make_plan(load_job(job, overrides or []))
     if cluster is not None:
-        from orchestrator.plan.capacity import capacity, given_rates
+        from orchestrator.plan.capacity import capacity, check_measured_here, given_rates
 
         rates = given_rates(tflops) if tflops else None
         if calibrate:
+            from orchestrator.runtime.machine import this_machine
+
+            check_measured_here(made.job, cluster, [gpu.name for gpu in this_machine().gpus])
             from orchestrator.calibration import calibrated
 
             with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints to stdout

@@ -167,6 +167,6 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    formats = (words.number, words.count, words.short, words.size, percent, words.nats, words.seconds)
+    formats = (words.number, words.perplexity, words.count, words.short, words.size, percent, words.nats, words.seconds)
     environment.filters |= {f.__name__: f for f in formats}
     return environment
