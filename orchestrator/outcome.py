@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import time
@@ -39,7 +40,11 @@ def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolde
         with _led(run, teacher) as spread:
             measured = measure(heldout, subjects, spec.micro_batch, cpus, spread)
         for name in subjects:
-            stage.figures |= {f"{name}/{figure}": value for figure, value in measured.figures[name].items()}
+            figures = measured.figures[name]
+            stage.figures |= {f"{name}/{figure}": value for figure, value in figures.items() if math.isfinite(value)}
+            if math.isinf(figures["heldout_ppl"]):
+                ce = figures["heldout_ce_nats"]
+                run.warn(f"evaluate: the perplexity of the {name} is infinite: its cross entropy is {ce:.3g} nats a token")
     return measured
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from orchestrator.checks.check import check_models as look_at_models
+from orchestrator.checks.check import refuse_first
 from orchestrator.data.prepare import identify_corpus, prepare_tokens, prepared_tokens
 from orchestrator.errors import SpecError
 from orchestrator.models.tokenizer import tokenizer_identity
@@ -60,6 +62,7 @@ def fetch_teacher(run: Run) -> ModelFolder | None:
         teacher = fetch_teacher(run.store, spec)
         if isinstance(spec, TransformersTeacher):
             _tell_ignored_weights(run, "teacher.path", teacher.path)
+        refuse_first(look_at_models(_with_folder(run.job, teacher)))
         if spec.shards > 1:
             from orchestrator.models.build import outline
             from orchestrator.models.sharded import check_shards
@@ -67,6 +70,12 @@ def fetch_teacher(run: Run) -> ModelFolder | None:
             check_shards(outline(teacher.path), spec.shards)
         stage.figures["size_bytes"] = sum(f.bytes for f in teacher.manifest.files.values())
     return teacher
+
+
+def _with_folder(job: Job, teacher: ModelFolder) -> Job:
+    """`job` with its teacher where it is now: what was not known of it before it was fetched."""
+    local = TransformersTeacher(kind="transformers", path=str(teacher.path))
+    return job.model_copy(update={"teacher": local})
 
 
 def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator.cli.options import AsJson, JobFile, Overrides, Quiet, Storage, Verbose
 from orchestrator.cli.usage import group
+
+if TYPE_CHECKING:
+    from orchestrator.plan.make import Plan
 
 run_app = group()
 
@@ -25,13 +28,12 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a job here, or continue it; finished stages are reused."""
-    from orchestrator.plan.explain import explain
     from orchestrator.plan.make import make_plan
     from orchestrator.spec.load import load_job
 
     plan = make_plan(load_job(job, overrides or []))
     if dry_run:
-        print(explain(plan))
+        _show_plan(plan, as_json)
         return
     from orchestrator.api import run as run_plan
 
@@ -63,7 +65,6 @@ def plan(
 ) -> None:
     """Show what a job will do: stages, batch algebra, memory, label bytes, DeepSpeed configuration."""
     from orchestrator.errors import SpecError
-    from orchestrator.plan.explain import as_dict, explain
     from orchestrator.plan.make import make_plan
     from orchestrator.spec.load import load_job
 
@@ -74,17 +75,33 @@ def plan(
         raise SpecError(f"plan: --price must be 0 or more, got {price:g}")
     made = make_plan(load_job(job, overrides or []))
     if cluster is not None:
-        from orchestrator.plan.capacity import capacity, given_rates
+        from orchestrator.plan.capacity import capacity, check_measured_here, given_rates
 
         rates = given_rates(tflops) if tflops else None
         if calibrate:
+            from orchestrator.runtime.machine import this_machine
+
+            check_measured_here(made.job, cluster, [gpu.name for gpu in this_machine().gpus])
             from orchestrator.calibration import calibrated
 
             with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints to stdout
                 rates = calibrated(made.job)
         print("\n".join(capacity(made, cluster, price, rates)))
         return
-    print(json.dumps(as_dict(made), indent=1) if as_json else explain(made))
+    _show_plan(made, as_json)
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    """Print `plan` and what a run of it would meet here; raises the error that a run would end with at once."""
+    from orchestrator.checks.check import check, explain_checked
+    from orchestrator.plan.explain import as_dict, explain
+
+    checked = check(plan)
+    if as_json:
+        print(json.dumps(as_dict(plan) | {"findings": [finding.as_dict() for finding in checked.findings]}, indent=1))
+    else:
+        print("\n".join([explain(plan), "", *explain_checked(plan, checked)]))
+    checked.refuse()
 
 
 @run_app.command()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from orchestrator.data.sources import Document, Piece, read_piece
+from orchestrator.data.split import heldout_draw, is_heldout
 from orchestrator.data.tokenizer import TokenizerFacts, decode_document, special_tokens
 from orchestrator.errors import DataError
 from orchestrator.plan.order import shuffled
@@ -131,7 +132,7 @@ def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: Token
             continue
         special += document.special
         name, ids = f"{document.content}:{document.name}", document.ids
-        if is_heldout(document.content, data):
+        if is_heldout(heldout_draw(document.content, data.seed), data.heldout_fraction):
             heldout.add(name, ids[:most], document.context)
             cut += len(ids[most:])
         else:
@@ -198,12 +199,6 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
             group = []
     if group:
         yield group
-
-
-def is_heldout(content: str, data: Data) -> bool:
-    """By content alone: the split does not depend on where a corpus lies, and copies of a text stay on one side."""
-    draw = hashlib.sha256(f"{data.seed}:{content}".encode()).digest()
-    return int.from_bytes(draw[:8], "big") < data.heldout_fraction * 2**64
 
 
 def _row_id(document: str, position: int) -> bytes:

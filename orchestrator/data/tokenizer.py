@@ -39,12 +39,18 @@ def train_tokenizer(data: Data, spec: TrainTokenizer, pieces: Sequence[Piece], f
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = train_bpe(_sample(data, pieces), spec.vocab_size)
-    if tokenizer.get_vocab_size() != spec.vocab_size:
-        raise DataError(
-            f"data.tokenizer.vocab_size: the corpus yields only {tokenizer.get_vocab_size()} entries, not {spec.vocab_size}"
-        )
+    check_yield(tokenizer, spec)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     wrapped.save_pretrained(folder)
+
+
+def check_yield(tokenizer: Tokenizer, spec: TrainTokenizer) -> None:
+    """Raise `DataError` if the corpus was too small for the vocabulary that `spec` asks for."""
+    found = tokenizer.get_vocab_size()
+    if found != spec.vocab_size:
+        raise DataError(
+            f"data.tokenizer.vocab_size: the corpus yields only {found} entries, not {spec.vocab_size}; set it to {found}"
+        )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -233,7 +233,7 @@ def _figures(name: str, sums: _Sums, model: PreTrainedModel, subject: Subject) -
         "params": params,
         "active_params": active_parameters(model),
         "heldout_ce_nats": ce,
-        "heldout_ppl": math.exp(ce),
+        "heldout_ppl": perplexity(ce),
         "top1_accuracy": sums.correct / sums.positions,
         "tokens_per_s": sums.positions / sums.seconds,
         "size_bytes": subject.size_bytes,
@@ -243,6 +243,14 @@ def _figures(name: str, sums: _Sums, model: PreTrainedModel, subject: Subject) -
         figures["kl_to_teacher_nats"] = float(torch.cat(sums.kl).mean())
         figures["top1_agreement"] = float(torch.cat(sums.agree).double().mean())
     return figures
+
+
+def perplexity(ce: float) -> float:
+    """exp(ce), infinite where a float cannot hold it: of a broken model whose cross entropy is still finite."""
+    try:
+        return math.exp(ce)
+    except OverflowError:
+        return math.inf
 
 
 def _ahead(model: PreTrainedModel, folder: Path, windows: torch.Tensor, micro_batch: int) -> dict[str, float]:

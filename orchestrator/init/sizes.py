@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.data.pack import HELDOUT_WINDOWS_PER_DOCUMENT, is_heldout
+from orchestrator.data.pack import HELDOUT_WINDOWS_PER_DOCUMENT
+from orchestrator.data.split import heldout_draw, is_heldout
 from orchestrator.errors import DataError
 from orchestrator.init.text import Length, Sample
-from orchestrator.spec.data import Data
 
 SEQ_LENS = (256, 128, 64, 32, 16)
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -86,8 +86,7 @@ def cut(documents: Sequence[Length], longest: int, seed: int = 0) -> Windows:
 
 
 def _windows(documents: Sequence[Length], seq_len: int, fraction: float, seed: int) -> Windows:
-    data = Data(heldout_fraction=fraction, seed=seed)
-    heldout = [document for document in documents if is_heldout(document.content, data)]
+    heldout = [document for document in documents if is_heldout(heldout_draw(document.content, seed), fraction)]
     most = HELDOUT_WINDOWS_PER_DOCUMENT * seq_len
     kept = sum(document.tokens for document in documents) - sum(document.tokens for document in heldout)
     measured = sum(min(document.tokens, most) for document in heldout)
