@@ -1,4 +1,4 @@
-"""How far held-out figures would move on other held-out text: percentile bootstrap over windows (Efron & Tibshirani 1993, ch. 13).
+"""How far held-out figures would move on other held-out text: percentile bootstrap over windows (Efron & Tibshirani 1993).
 
 Windows are drawn with replacement, the same ones for all models, so that what makes a window hard for all of them cancels
 in differences. Windows of one document are taken as independent, which makes the intervals somewhat too narrow where
@@ -31,9 +31,9 @@ class Intervals(NamedTuple):
 
 
 def intervals(nats: Mapping[str, Floats], targets: npt.NDArray[np.int64]) -> Intervals | None:
-    """Intervals from the sums of cross entropy over each window, `nats` [windows] by model, and its number of `targets` [windows].
+    """Intervals from the sums of cross entropy over each window, `nats` [windows] by model, and its `targets` [windows].
 
-    None for a single window, of which nothing can be drawn but itself.
+    `targets` are counts of tokens. None for a single window, of which nothing can be drawn but itself.
     """
     if len(targets) < 2:
         return None
