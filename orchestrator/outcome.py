@@ -69,6 +69,7 @@ def compose(run: Run, tokens: Tokens, labels: Labelled, student: ModelFolder, me
     first_step = progress.get(f"student.{FIRST_STEP}")
     return {
         "name": run.job.name,
+        "run": run.directory.run,
         **{name: figures.get(name) for name in ("teacher", "student", "baseline")},
         "gap_recovered": gap_recovered(figures),
         "heldout": measured.by_token,
@@ -98,7 +99,7 @@ def export(run: Run, student: ModelFolder, report: dict[str, Any]) -> None:
     """The student as a Hugging Face folder."""
     from orchestrator.export.folder import export_model
 
-    target = run.job.export.directory or run.store.address(f"{run.plan.run_key}/export")
+    target = run.job.export.directory or run.store.address(f"{run.directory.key}/export")
     with run.stage("export", student.manifest.content):
         export_model(student.path, target, report, run.job.export.mtp == "keep")
 

@@ -61,17 +61,14 @@ class Plan:
     """CPU slots of a local Ray."""
 
     @property
-    def run_key(self) -> str:
-        return f"runs/{self.job.name}"
-
-    @property
     def storage(self) -> str:
         """A directory or an `s3://` address."""
         return self.job.storage.rstrip("/") if "://" in self.job.storage else str(Path(self.job.storage).expanduser())
 
     @property
     def run_directory(self) -> str:
-        return f"{self.storage}/{self.run_key}"
+        """Of the first run of that name; a job that was changed since gets a directory of its own, NAME-2."""
+        return f"{self.storage}/runs/{self.job.name}"
 
 
 def make_plan(job: Job) -> Plan:

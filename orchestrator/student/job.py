@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.plan.batch import Batch
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.order import TrainingOrder
 from orchestrator.spec.labels import Labels
@@ -14,9 +13,6 @@ from orchestrator.spec.objective import Objective
 from orchestrator.spec.train import Train
 from orchestrator.store.records import Record, TokenManifest
 
-NO_RESULT = {"checkpoint_every", "max_restarts", "workers", "cpus_per_worker", "activation_checkpointing"}
-"""Fields of `train` that change no weight but by rounding: more workers add up the same gradients in another order. A training
-must find its checkpoints again when one of them changes."""
 TRAINING_VERSION = 3
 """Raised when the code makes other weights of the same job."""
 
@@ -70,10 +66,9 @@ class TrainingJob:
         soft = None
         if self.soft is not None:
             soft = [self.soft.log_key, self.soft.objective]
-        train = self.train.model_dump(mode="json", exclude=NO_RESULT) | {"micro_batch": Batch.of(self.train).micro_rows}
         model = self.model.content if isinstance(self.model, Initial) else self.model
         what = [model, self.vocab_size, [self.ahead.depth, self.ahead.weight]]
-        return fingerprint("train", TRAINING_VERSION, what, train, self.seed, self.manifest.content, soft)
+        return fingerprint("train", TRAINING_VERSION, what, self.train, self.seed, self.manifest.content, soft)
 
     @property
     def folder(self) -> str:
