@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.plan.batch import Batch
 from orchestrator.plan.fingerprint import fingerprint
@@ -12,11 +12,14 @@ from orchestrator.spec.labels import Labels
 from orchestrator.spec.model import Model
 from orchestrator.spec.objective import Objective
 from orchestrator.spec.train import Train
+from orchestrator.store.heldout import HeldoutLog
 from orchestrator.store.records import Record, TokenManifest
 
 NO_RESULT = {"checkpoint_every", "max_restarts", "workers", "cpus_per_worker", "activation_checkpointing"}
 """Fields of `train` that change no weight but by rounding: more workers add up the same gradients in another order. A training
 must find its checkpoints again when one of them changes."""
+SELECTION = {"keep", "patience"}
+"""Fields of `train` that change no weight but by evaluations (`TrainingJob.selection`)."""
 TRAINING_VERSION = 3
 """Raised when the code makes other weights of the same job."""
 
@@ -50,6 +53,17 @@ class Ahead:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """Evaluation on a few held-out rows while training goes on."""
+
+    every: int
+    """Steps."""
+    rows: int
+    log: HeldoutLog | None
+    """Without a teacher's labels, cross entropy alone."""
+
+
+@dataclass(frozen=True)
 class TrainingJob:
     """Train `model` on the rows of `manifest`; without `soft`, on hard labels alone."""
 
@@ -63,6 +77,7 @@ class TrainingJob:
     manifest: TokenManifest
     soft: Soft | None
     ahead: Ahead = Ahead()
+    evaluation: Evaluation | None = None
 
     @property
     def key(self) -> str:
@@ -70,10 +85,26 @@ class TrainingJob:
         soft = None
         if self.soft is not None:
             soft = [self.soft.log_key, self.soft.objective]
-        train = self.train.model_dump(mode="json", exclude=NO_RESULT) | {"micro_batch": Batch.of(self.train).micro_rows}
+        train = self.train.model_dump(mode="json", exclude=NO_RESULT | SELECTION | {"epochs"})
+        train["micro_batch"] = Batch.of(self.train).micro_rows
         model = self.model.content if isinstance(self.model, Initial) else self.model
         what = [model, self.vocab_size, [self.ahead.depth, self.ahead.weight]]
-        return fingerprint("train", TRAINING_VERSION, what, train, self.seed, self.manifest.content, soft)
+        selected = [] if self.selection is None else [self.selection]
+        return fingerprint("train", TRAINING_VERSION, what, train, self.seed, self.manifest.content, soft, *selected)
+
+    @property
+    def selection(self) -> dict[str, Any] | None:
+        """What decides, by held-out cross entropy, where training ends and which weights it leaves; None if nothing does."""
+        train, evaluation = self.train, self.evaluation
+        if evaluation is None or (train.keep == "last" and train.patience is None):
+            return None
+        return {"keep": train.keep, "patience": train.patience, "every": evaluation.every, "rows": evaluation.rows}
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        assert self.train.steps is not None
+        return self.train.steps
 
     @property
     def folder(self) -> str:
@@ -91,4 +122,4 @@ class TrainingJob:
 
     def demanded_shards(self) -> list[int]:
         """Token shards that training will touch, in the order of first use."""
-        return self.order.shards_until(self.train.steps)
+        return self.order.shards_until(self.steps)
