@@ -11,6 +11,7 @@ from orchestrator.plan.length import with_steps
 from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.run import Run
 from orchestrator.runtime.session import replicas_that_fit
+from orchestrator.spec.base import result_fields
 from orchestrator.spec.job import Job
 from orchestrator.spec.labels import TopkLabels, kept_features
 from orchestrator.spec.model import Model, Replicas, TeacherBase, labelled_by, vllm_of
@@ -57,12 +58,16 @@ class Labelled:
 def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | Initial) -> Demand:
     """The log that holds exactly this teacher's labels of these tokens, and the demand of this student on it."""
     job, vocab = run.job, teacher.manifest.vocab_size
-    labels = job.labels.model_dump(mode="json", exclude={"run_ahead"})
     server = vllm_of(job.teacher)
     arithmetic = f"vllm {server.model or ''}" if server else job.teacher.dtype
     teacher_identity = {"content": teacher.manifest.content, "dtype": arithmetic}
     shape = {"seq_len": tokens.manifest.seq_len, "vocab_size": vocab}
-    identity = {"teacher": teacher_identity, "tokens": tokens.manifest.content, "labels": labels, "shape": shape}
+    identity = {
+        "teacher": teacher_identity,
+        "tokens": tokens.manifest.content,
+        "labels": result_fields(job.labels),
+        "shape": shape,
+    }
     log, heldout = LabelLog.open(run.store, identity), _open_heldout(run, identity, vocab)
     student = TrainingJob(
         "student",
@@ -89,7 +94,7 @@ def _open_heldout(run: Run, identity: dict[str, Any], vocab: int) -> HeldoutLog 
         return None
     k = job.labels.k if isinstance(job.labels, TopkLabels) and vllm_of(job.teacher) else min(vocab, HELDOUT_IDS)
     labels, rows = TopkLabels(kind="topk", k=k), job.evaluate.every_rows
-    own = {"labels": labels.model_dump(mode="json", exclude={"run_ahead"}), "heldout_rows": rows}
+    own = {"labels": result_fields(labels), "heldout_rows": rows}
     return HeldoutLog(LabelLog.open(run.store, identity | own).key, labels, rows)
 
 

@@ -9,18 +9,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import ray
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from orchestrator.errors import DataError
+from orchestrator.evaluate.bootstrap import Intervals, intervals
+from orchestrator.evaluate.generate import continued
 from orchestrator.evaluate.samples import Answers, SampleToken, sample_text
 from orchestrator.evaluate.speculate import Acceptance, acceptance
 from orchestrator.evaluate.tokens import Against, by_token
 from orchestrator.labels.answer import Answer
 from orchestrator.models.build import device, load_model, outline
 from orchestrator.models.head import last_hidden, output_head
+from orchestrator.models.hub import weight_files
 from orchestrator.models.mtp import load_mtp
 from orchestrator.models.router import active_parameters
 from orchestrator.plan.memory import head_rows
@@ -49,7 +54,7 @@ class Subject:
     @property
     def size_bytes(self) -> int:
         """Of the model's weights, without multi-token-prediction modules beside it."""
-        return sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+        return sum(file.stat().st_size for file in weight_files(self.folder))
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,9 @@ class Measured:
     by_token: dict[str, Any]
     """What report.json says under `heldout`."""
     samples: list[list[SampleToken]]
+    generated: list[dict[str, str]]
+    """What `continued` returns; without a teacher that no process holds alone."""
+    intervals: Intervals | None
 
 
 @dataclass
@@ -68,9 +76,9 @@ class _Sums:
     """Totals over all positions of one model, and single numbers by position."""
 
     positions: int = 0
-    ce: float = 0.0
     correct: int = 0
     seconds: float = 0.0
+    ce: list[torch.Tensor] = field(default_factory=list)
     kl: list[torch.Tensor] = field(default_factory=list)
     agree: list[torch.Tensor] = field(default_factory=list)
 
@@ -161,7 +169,16 @@ def _measured(
     }
     tokenizer = Tokenizer.from_file(str(subjects["teacher"].folder / "tokenizer.json"))
     samples = sample_text(speakers["teacher"], speakers["student"], windows, tokenizer)
-    return Measured(figures, by_token(torch.cat(entropy).numpy(), against), samples)
+    generated = continued(models, windows, kept, subjects["teacher"].folder)
+    targets = kept.sum(1).cpu()
+    nats = {name: _by_window(torch.cat(s.ce), targets) for name, s in sums.items()}
+    found = intervals(nats, targets.numpy())
+    return Measured(figures, by_token(torch.cat(entropy).numpy(), against), samples, generated, found)
+
+
+def _by_window(values: torch.Tensor, targets: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Sums [windows] of `values` [positions] that stand window after window, `targets` [windows] of each."""
+    return np.add.reduceat(values.numpy(), (targets.cumsum(0) - targets).numpy())
 
 
 @torch.inference_mode()
@@ -202,7 +219,7 @@ def _accumulate(sums: _Sums, log_probs: torch.Tensor, target: torch.Tensor) -> N
     top, choice = log_probs.max(-1)
     right = choice == target
     sums.positions += len(target)
-    sums.ce -= float(log_probs.gather(1, target[:, None]).double().sum())
+    sums.ce.append(-log_probs.gather(1, target[:, None])[:, 0].double().cpu())
     sums.correct += int(right.sum())
     confidence = top.exp().double().cpu()
     bin_of = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
@@ -211,7 +228,7 @@ def _accumulate(sums: _Sums, log_probs: torch.Tensor, target: torch.Tensor) -> N
 
 
 def _figures(name: str, sums: _Sums, model: PreTrainedModel, subject: Subject) -> dict[str, float]:
-    ce = sums.ce / sums.positions
+    ce = float(torch.cat(sums.ce).mean())
     if not math.isfinite(ce):
         raise DataError(f"{name}: the held-out cross entropy is not finite")
     _, confidence, correct = sums.bins
@@ -220,7 +237,7 @@ def _figures(name: str, sums: _Sums, model: PreTrainedModel, subject: Subject) -
         "params": params,
         "active_params": active_parameters(model),
         "heldout_ce_nats": ce,
-        "heldout_ppl": math.exp(ce),
+        "heldout_ppl": perplexity(ce),
         "top1_accuracy": sums.correct / sums.positions,
         "tokens_per_s": sums.positions / sums.seconds,
         "size_bytes": subject.size_bytes,
@@ -230,6 +247,14 @@ def _figures(name: str, sums: _Sums, model: PreTrainedModel, subject: Subject) -
         figures["kl_to_teacher_nats"] = float(torch.cat(sums.kl).mean())
         figures["top1_agreement"] = float(torch.cat(sums.agree).double().mean())
     return figures
+
+
+def perplexity(ce: float) -> float:
+    """exp(ce), infinite where a float cannot hold it: of a broken model whose cross entropy is still finite."""
+    try:
+        return math.exp(ce)
+    except OverflowError:
+        return math.inf
 
 
 def _ahead(model: PreTrainedModel, folder: Path, windows: torch.Tensor, micro_batch: int) -> dict[str, float]:

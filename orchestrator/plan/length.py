@@ -16,13 +16,20 @@ def with_steps(train: Train, rows: int, section: str) -> Train:
     """
     if train.epochs is None:
         return train
-    steps = math.ceil(Fraction(str(train.epochs)) * rows / train.global_batch)  # 1.1 x 10 is 11, and not a bit more
+    steps = steps_of(train, rows)
     if train.warmup_steps > steps:
         raise SpecError(
             f"{section}.warmup_steps: {train.warmup_steps} exceeds the {steps} steps that {section}.epochs {train.epochs:g} is "
             f"({rows} rows, {train.global_batch} a step)"
         )
     return train.model_copy(update={"steps": steps, "epochs": None})
+
+
+def steps_of(train: Train, rows: int) -> int:
+    """Steps of `train` where there are `rows` to train on."""
+    if train.steps is not None:
+        return train.steps
+    return math.ceil(Fraction(str(train.epochs)) * rows / train.global_batch)  # 1.1 x 10 is 11, and not a bit more
 
 
 def shown_length(train: Train) -> str:

@@ -8,13 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
-from orchestrator.report import words
 from orchestrator.report.charts import charts
 from orchestrator.report.charts.figure import MODELS
+from orchestrator.report.page import plotly_script, script_json, templates
 from orchestrator.report.text import shown
 from orchestrator.report.words import percent
 from orchestrator.store.local import LocalStore
@@ -39,8 +35,8 @@ def write_report(
     context = _context(report)
     drawn = charts(report, _finite(points))
     figures = {name: chart.figure for name, chart in drawn.items()}
-    page = _templates().get_template("page.html.j2")
-    summary = _templates().get_template("summary.md.j2")
+    environment = templates()
+    page, summary = (environment.get_template(name) for name in ("report.html.j2", "summary.md.j2"))
     files = {
         "report.json": json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
         "report.html": page.render(
@@ -48,8 +44,9 @@ def write_report(
             job_yaml=job_yaml,
             charts=drawn,
             paired="yaxis2" in figures.get("ce", {}).get("layout", {}),
-            figures=_script_json(figures),
-            plotly_js=Markup(get_plotlyjs()) if figures else "",
+            page_title=f"{report['name']} – distillation report",
+            figures=script_json(figures),
+            plotly=plotly_script() if figures else "",
             samples=[shown(sample, context["quantiles"]) for sample in samples],
         ),
         "summary.md": summary.render(**context),
@@ -149,24 +146,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _script_json(value: Any) -> Markup:
-    """JSON that may stand inside a script element whatever strings it holds."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def _templates() -> Environment:
-    """The templates beside this module; all they are given is HTML-escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-    )
-    formats = (words.number, words.count, words.short, words.size, percent, words.nats, words.seconds)
-    environment.filters |= {f.__name__: f for f in formats}
-    return environment

@@ -95,7 +95,7 @@ class JobServer:
         A job that has ended is submitted anew, and continues. Raises `LockedError` if another job of that name is going on,
         and `SpecError` if somebody else's job has the id.
         """
-        key = fingerprint("submission", job)
+        key = fingerprint("submission", job.model_dump(mode="json"))
         earlier = [s for s in self.submissions() if s.run == job.name]
         for going in (s for s in earlier if not s.ended):
             if going.key == key:

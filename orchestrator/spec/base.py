@@ -1,9 +1,38 @@
-"""What every section of a job file is: frozen, strict, closed to unknown keys."""
+"""What every section of a job file is: frozen, strict, closed to unknown keys; and which of its fields change no result."""
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class _NoResult:
+    """Marks a field, as in `workers: Annotated[int, NO_RESULT]`, or a whole section."""
+
+    def __repr__(self) -> str:
+        return "NO_RESULT"
+
+
+NO_RESULT = _NoResult()
+"""Says of a field that it changes no weight, label or figure except by rounding: how fast, where, and how safely work is done.
+Stored results, and the run itself, are found again when such a field changes. A field without the mark is part of their
+identity."""
+
+
+def result_fields(value: Any) -> Any:
+    """`value` as JSON-ready data, without the fields of its sections, at any depth, that are marked `NO_RESULT`."""
+    match value:
+        case Spec():
+            fields = type(value).model_fields.items()
+            return {name: result_fields(getattr(value, name)) for name, field in fields if NO_RESULT not in field.metadata}
+        case dict():
+            return {key: result_fields(item) for key, item in cast(dict[str, Any], value).items()}
+        case list() | tuple():
+            return [result_fields(item) for item in cast(list[Any], value)]
+        case _:
+            return value

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from orchestrator.spec.base import Spec
+from orchestrator.spec.base import NO_RESULT, Spec
 from orchestrator.spec.data import Data, TeacherTokenizer
 from orchestrator.spec.labels import ATTENTION_PARTS, Labels, SampledLabels, TopkLabels
 from orchestrator.spec.model import ConfigStudent, PretrainTeacher, Student, Teacher, vllm_of
@@ -22,7 +22,7 @@ class Evaluate(Spec):
     """Held-out windows to measure on, at most."""
     baseline: bool = True
     """Also train the same student on hard labels alone; without it "distillation worked" is no statement."""
-    micro_batch: int = Field(default=8, ge=1)
+    micro_batch: Annotated[int, NO_RESULT] = Field(default=8, ge=1)
     every: int | None = Field(default=None, ge=1)
     """Steps between evaluations of a model while it trains, and one after the last; null: none. Held-out cross entropy, and KL
     from the teacher, of the student, the baseline and a teacher that is trained here."""
@@ -31,7 +31,7 @@ class Evaluate(Spec):
 
 
 class Export(Spec):
-    directory: str | None = None
+    directory: Annotated[str | None, NO_RESULT] = None
     """Where the Hugging Face folder goes; null: `export` in the run directory."""
     mtp: Literal["keep", "drop"] = "keep"
     """Multi-token-prediction modules, in files of their own beside the model."""
@@ -54,10 +54,11 @@ class Cluster(Spec):
 
 
 class Job(Spec):
-    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    name: Annotated[str, Field(pattern=NAME_PATTERN), NO_RESULT]
+    """Of the run; a job that is changed under the same name becomes another run, NAME-2."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Student initialisation and training order."""
-    storage: str = Field(default="./distill-store", min_length=1)
+    storage: Annotated[str, NO_RESULT] = Field(default="./distill-store", min_length=1)
     """A directory that all nodes share, or `s3://bucket/prefix` with what the AWS_* environment variables say."""
     data: Data = Data()
     teacher: Teacher = PretrainTeacher()
@@ -67,8 +68,8 @@ class Job(Spec):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
-    tracking: Tracking = Tracking()
-    cluster: Cluster = Cluster()
+    tracking: Annotated[Tracking, NO_RESULT] = Tracking()
+    cluster: Annotated[Cluster, NO_RESULT] = Cluster()
 
     @property
     def trainings(self) -> dict[str, Train]:

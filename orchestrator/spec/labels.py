@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from orchestrator.spec.base import Spec
+from orchestrator.spec.base import NO_RESULT, Spec
 
 Temperature = Annotated[float, Field(gt=0, le=1000)]
 
@@ -65,7 +65,7 @@ class Features(Vectors):
 
 class LabelsBase(Spec):
     features: Features | None = None
-    run_ahead: int | None = Field(default=None, ge=1)
+    run_ahead: Annotated[int | None, NO_RESULT] = Field(default=None, ge=1)
     """Shards the teacher may label ahead of the student; null: as fast as it can (labels are kept anyway)."""
 
 

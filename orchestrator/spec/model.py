@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from orchestrator.spec.base import Spec
+from orchestrator.spec.base import NO_RESULT, Spec
 from orchestrator.spec.train import Train
 
 
@@ -35,14 +35,14 @@ class Replicas(Spec):
 
 class TeacherBase(Spec):
     dtype: Literal["bf16", "fp32"] = "bf16"
-    micro_batch: int = Field(default=8, ge=1)
+    micro_batch: Annotated[int, NO_RESULT] = Field(default=8, ge=1)
     """Rows in one forward pass of a teacher actor."""
-    shards: int = Field(default=1, ge=1)
+    shards: Annotated[int, NO_RESULT] = Field(default=1, ge=1)
     """Processes that hold one replica together (tensor parallel); each reads only its part of the weights."""
-    replicas: Replicas = Replicas()
-    cpus_per_shard: float = Field(default=1, gt=0)
-    gpus_per_shard: float = Field(default=0, ge=0, le=1)
-    placement_timeout_s: float = Field(default=600, gt=0)
+    replicas: Annotated[Replicas, NO_RESULT] = Replicas()
+    cpus_per_shard: Annotated[float, NO_RESULT] = Field(default=1, gt=0)
+    gpus_per_shard: Annotated[float, NO_RESULT] = Field(default=0, ge=0, le=1)
+    placement_timeout_s: Annotated[float, NO_RESULT] = Field(default=600, gt=0)
     """How long `replicas.min` replicas may wait for room on the cluster before the run gives up."""
 
     @property
@@ -81,7 +81,7 @@ class PretrainTeacher(TeacherBase):
 class VllmServer(Spec):
     """A server of vLLM that serves the teacher for `data.seq_len` + 2 tokens; its key is taken from VLLM_API_KEY."""
 
-    url: str = Field(pattern=r"^https?://[^/@]+/?$")
+    url: Annotated[str, NO_RESULT] = Field(pattern=r"^https?://[^/@]+/?$")
     """As in http://host:8000."""
     model: str | None = None
     """Name it is served under; null: that of the server's first model."""

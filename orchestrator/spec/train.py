@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.spec.base import Spec
+from orchestrator.spec.base import NO_RESULT, Spec
 
 
 class Zero(Spec):
@@ -67,8 +67,9 @@ class Train(Spec):
     """Optimizer steps; null where `epochs` say how many."""
     global_batch: int = Field(default=16, ge=1)
     """Rows in one optimizer step, over all workers."""
-    micro_batch: int = Field(default=8, ge=1)
-    """Rows in one forward pass of one worker."""
+    micro_batch: Annotated[int, NO_RESULT] = Field(default=8, ge=1)
+    """Rows in one forward pass of one worker. Nothing but rounding depends on it, and the load-balancing loss
+    (`router_aux_weight`), which is taken over them."""
     learning_rate: float = Field(default=2e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """wsd: warm-up, then constant, then linear over the last fifth of the steps."""
@@ -82,16 +83,16 @@ class Train(Spec):
     """bf16 keeps fp32 master weights in the optimizer; fp8 is bf16 with the matrix products of inner blocks in fp8."""
     fp8_recipe: Literal["rowwise", "tensorwise", "blockwise"] = "rowwise"
     parallel: Parallel = Zero()
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, NO_RESULT] = False
     """Keep only what enters a block, and compute the rest again on the way back."""
     router_aux_weight: float = Field(default=0.001, ge=0)
     """Of the load-balancing loss of a mixture of experts."""
     router_bias_rate: float = Field(default=0.001, ge=0)
     """Step of the correction bias, for routers that have one (DeepSeek-V3): balance without a loss."""
-    workers: int = Field(default=1, ge=1)
-    cpus_per_worker: float = Field(default=1, gt=0)
-    gpus_per_worker: float = Field(default=0, ge=0)
-    checkpoint_every: int = Field(default=50, ge=1)
+    workers: Annotated[int, NO_RESULT] = Field(default=1, ge=1)
+    cpus_per_worker: Annotated[float, NO_RESULT] = Field(default=1, gt=0)
+    gpus_per_worker: Annotated[float, NO_RESULT] = Field(default=0, ge=0)
+    checkpoint_every: Annotated[int, NO_RESULT] = Field(default=50, ge=1)
     """Steps between checkpoints; what a killed run repeats at most."""
     keep: Literal["last", "best"] = "last"
     """Which weights training ends with; best: those of the evaluation (`evaluate.every`) with the least held-out cross
@@ -99,9 +100,9 @@ class Train(Spec):
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations in a row without a better one; null: never. The learning rate is scheduled, and labels are
     made, for all steps nevertheless."""
-    max_restarts: int = Field(default=3, ge=0)
+    max_restarts: Annotated[int, NO_RESULT] = Field(default=3, ge=0)
     """Worker deaths that are made good before the run stops (and can be resumed)."""
-    placement_timeout_s: float = Field(default=600, gt=0)
+    placement_timeout_s: Annotated[float, NO_RESULT] = Field(default=600, gt=0)
     """How long the workers may wait for room on the cluster before the run gives up; in steps of a minute, Ray Train's."""
 
     @model_validator(mode="after")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from orchestrator.plan.batch import Batch
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.order import TrainingOrder
 from orchestrator.spec.labels import Labels
@@ -15,12 +14,7 @@ from orchestrator.spec.train import Train
 from orchestrator.store.heldout import HeldoutLog
 from orchestrator.store.records import Record, TokenManifest
 
-NO_RESULT = {"checkpoint_every", "max_restarts", "workers", "cpus_per_worker", "activation_checkpointing"}
-"""Fields of `train` that change no weight but by rounding: more workers add up the same gradients in another order. A training
-must find its checkpoints again when one of them changes."""
-SELECTION = {"keep", "patience"}
-"""Fields of `train` that change no weight but by evaluations (`TrainingJob.selection`)."""
-TRAINING_VERSION = 3
+TRAINING_VERSION = 4
 """Raised when the code makes other weights of the same job."""
 
 
@@ -85,20 +79,15 @@ class TrainingJob:
         soft = None
         if self.soft is not None:
             soft = [self.soft.log_key, self.soft.objective]
-        train = self.train.model_dump(mode="json", exclude=NO_RESULT | SELECTION | {"epochs"})
-        train["micro_batch"] = Batch.of(self.train).micro_rows
         model = self.model.content if isinstance(self.model, Initial) else self.model
         what = [model, self.vocab_size, [self.ahead.depth, self.ahead.weight]]
-        selected = [] if self.selection is None else [self.selection]
-        return fingerprint("train", TRAINING_VERSION, what, train, self.seed, self.manifest.content, soft, *selected)
+        evaluation = [self.evaluation.every, self.evaluation.rows] if self.evaluation and self.selects else None
+        return fingerprint("train", TRAINING_VERSION, what, self.train, self.seed, self.manifest.content, soft, evaluation)
 
     @property
-    def selection(self) -> dict[str, Any] | None:
-        """What decides, by held-out cross entropy, where training ends and which weights it leaves; None if nothing does."""
-        train, evaluation = self.train, self.evaluation
-        if evaluation is None or (train.keep == "last" and train.patience is None):
-            return None
-        return {"keep": train.keep, "patience": train.patience, "every": evaluation.every, "rows": evaluation.rows}
+    def selects(self) -> bool:
+        """Whether evaluations decide where training ends, or which weights it leaves."""
+        return self.train.keep == "best" or self.train.patience is not None
 
     @property
     def steps(self) -> int:

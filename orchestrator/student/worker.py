@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.models.build import DTYPES
+from orchestrator.models.generation import complete_folder
 from orchestrator.models.mtp import save_mtp
 from orchestrator.plan.schedule import learning_rate
 from orchestrator.runtime.board import STUDENT_SHARDS
@@ -50,7 +50,7 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
     feed = Feed(store, job, trainer.data_rank, aborted, reached, trainer.reads_labels)
     schedule = ObjectiveSchedule(job.objective, job.steps, engine.device)
     evaluator = Evaluator(trainer, store, job, aborted)
-    selection = Selection(store, job) if job.selection else None
+    selection = Selection(store, job) if job.selects else None
     first = restore_checkpoint(engine, schedule, store, job.folder, board.warn.remote, selection)
     meter = Meter(job, board, feed)
     for step, micro_batches in feed.steps(first):
@@ -123,12 +123,9 @@ def write_model(
     ahead = trainer.whole_state(trainer.mtp, dtype) if trainer.mtp else None
     if dist.get_rank() == 0:
         with store.folder_for(f"{folder}/{MODEL}") as target:
-            shutil.copytree(store.local(tokenizer_folder), target, dirs_exist_ok=True)
-            model = trainer.model
-            model.config.use_cache = True
-            model.config.dtype = dtype
-            model.save_pretrained(target, state_dict=state)
-            model.config.use_cache = False
+            trainer.model.config.dtype = dtype
+            trainer.model.save_pretrained(target, state_dict=state)
+            complete_folder(target, store.local(tokenizer_folder), job.manifest.seq_len)
             if ahead is not None:
                 save_mtp(ahead, job.ahead.depth, target)
         finish_model(store, folder, job.vocab_size, figures)

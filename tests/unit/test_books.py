@@ -11,7 +11,7 @@ import pytest
 from orchestrator.display import Display
 from orchestrator.errors import DataError
 from orchestrator.plan.make import make_plan
-from orchestrator.run import Run, _books
+from orchestrator.run.recorder import Run, _books
 from orchestrator.spec.load import load_job
 
 
@@ -23,14 +23,18 @@ def made(tmp_path: Path) -> Any:
 
 
 def written(run: Run) -> dict[str, Any]:
-    return json.loads(run.store.read(f"{run.plan.run_key}/run.json"))
+    return json.loads(run.store.read(f"{run.directory.key}/run.json"))
 
 
 def test_a_run_without_faults_says_so(made: Any) -> None:
     run = made()
     with _books(run):
         assert written(run)["status"] == "running"
-    assert written(run) == {"name": "quickstart", "status": "finished", "attempt": 1, "stages": {}, "faults": []}
+    found = written(run)
+    assert found["started_s"] <= found["ended_s"] and found["seconds"] == pytest.approx(found["ended_s"] - found["started_s"])
+    what = {"name": "quickstart", "run": "quickstart", "number": 1, "identity": run.directory.identity}
+    assert what.items() <= found.items()
+    assert {"status": "finished", "attempt": 1, "stages": {}, "faults": []}.items() <= found.items()
 
 
 def test_faults_outlast_a_failed_attempt(made: Any, capsys: pytest.CaptureFixture[str]) -> None:

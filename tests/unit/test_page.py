@@ -22,13 +22,15 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FIRST = """<script>
 const failures = [];
 addEventListener("error", e => failures.push(e.message));
+addEventListener("unhandledrejection", e => failures.push(e.reason.message));
 document.addEventListener("securitypolicyviolation", e => failures.push(e.violatedDirective + " " + e.blockedURI));
 </script>"""
 LAST = """<script>
 setTimeout(() => {
   const box = e => { const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; };
-  const found = {failures, charts: {}, tokens: []};
+  const found = {failures, charts: {}, tokens: [], texts: []};
   for (const chart of document.querySelectorAll(".chart")) {
+    if (!chart.data) { found.texts.push(chart.textContent); continue; }
     found.charts[chart.id.slice(6)] = {
       traces: chart.data.map(({type, name, x, y, customdata}) => ({type, name, x, y, customdata})),
       bars: [...chart.querySelectorAll(".barlayer .trace")].map(t => [...t.querySelectorAll(".point path")].map(box)),
@@ -57,7 +59,7 @@ def browser() -> str:
 def opened(browser: str, page: Path, folder: Path) -> dict[str, Any]:
     """What `LAST` found on `page`."""
     text = page.read_text()
-    assert text.count("<head>") == text.count("</body>") == 1
+    assert text.count("<head>") == text.count("</body>") == 1, "the scripts below would be put in twice"
     probed = folder / "probed.html"
     probed.write_text(text.replace("<head>", "<head>" + FIRST).replace("</body>", LAST + "</body>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,2000", "--virtual-time-budget=10000"]
@@ -157,3 +159,14 @@ def test_a_page_that_fails_is_noticed(browser: str, tmp_path: Path) -> None:
     page.write_text(page.read_text().replace("</main>", '<img src="https://example.org/x.png"></main>'))
     failures = opened(browser, page, tmp_path)["failures"]
     assert any("nothing is not defined" in f for f in failures) and any("example.org" in f for f in failures)
+
+
+def test_a_browser_without_decompression_is_pointed_to_the_tables(browser: str, tmp_path: Path) -> None:
+    write_report(tmp_path, whole_report(seed=0), small_points(), [], "name: tiny\n")
+    page = tmp_path / "report.html"
+    page.write_text(page.read_text().replace("<head>", "<head><script>delete window.DecompressionStream;</script>", 1))
+    found = opened(browser, page, tmp_path)
+    assert found["charts"] == {} and found["failures"] == []
+    assert len(found["texts"]) == 5 and set(found["texts"]) == {
+        "This browser is too old to unpack the charts; their numbers are below."
+    }

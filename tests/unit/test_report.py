@@ -112,6 +112,20 @@ def test_invisible_characters_of_samples_are_shown_as_codes(tmp_path: Path, seed
     assert r"“a\u0000\u001b[31m\u202eb\u200b\ufeff↵\u0085” 50 %" in text
 
 
+def test_page_is_small_however_long_the_run(tmp_path: Path, seed: int) -> None:
+    """Fault of kind: a report of megabytes, most of them a library of which a tenth is used."""
+    write_report(tmp_path, whole_report(seed), small_points(20_000), small_samples(), "name: tiny\n")
+    assert (tmp_path / "report.html").stat().st_size <= 1_000_000
+
+
+def test_summary_is_markdown_and_has_no_html_in_it(tmp_path: Path) -> None:
+    """Fault of kind: text escaped for another format than the one it stands in."""
+    fault = {"attempt": 1, "time_s": 1.0, "text": "the student's <unk> | `x`"}
+    _, page, summary = _written(tmp_path, small_report() | {"name": "a&b", "faults": [fault]}, small_points())
+    assert "the student's \\<unk\\> \\| \\`x\\`" in summary and "# a&b\n" in summary
+    assert "the student&#39;s &lt;unk&gt; | `x`" in page and "a&amp;b" in page
+
+
 def test_run_without_baseline_or_points(tmp_path: Path) -> None:
     report = small_report(baseline=None)
     report["throughput"] = dict.fromkeys(report["throughput"])

@@ -77,7 +77,7 @@ def test_an_address_without_a_password_travels(uri: str, job: Path) -> None:
 
 def test_the_key_of_a_submission_is_the_jobs(job: Path) -> None:
     def key(*overrides: str) -> str:
-        return fingerprint("submission", portable_job(job, overrides))
+        return fingerprint("submission", portable_job(job, overrides).model_dump(mode="json"))
 
     assert key() == key() == key("seed=0") != key("seed=1")
 

@@ -1,4 +1,4 @@
-"""A run: its directory, its lock, its place on Ray, and the books it keeps on its stages."""
+"""An open run: its lock, its place on Ray, and the record it keeps of its stages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from orchestrator.display import Display
-from orchestrator.errors import SpecError, find_user_error, one_line
+from orchestrator.errors import SpecError, Terminated, find_user_error, one_line
 from orchestrator.plan.explain import as_dict
 from orchestrator.plan.make import Plan
+from orchestrator.run.directory import RUN, claim_directory
 from orchestrator.runtime.environment import job_tags, tracking_uri
 from orchestrator.runtime.session import ray_session
 from orchestrator.spec.job import Job
@@ -27,7 +28,6 @@ from orchestrator.tracking.mlflow_tracker import Tracker, redact, run_url
 from orchestrator.tracking.names import SHARDS_STARTED, metric_of, stage_id
 from orchestrator.tracking.spool import Spool
 
-RUN = "run.json"
 METRICS, OUTBOX = "metrics.jsonl", "tracking.json"
 """Files of the run directory that are written on and on."""
 MONITOR_EVERY_S = 0.5
@@ -69,13 +69,19 @@ class Run:
     def __init__(self, plan: Plan, display: Display) -> None:
         self.plan, self.job, self.display = plan, plan.job, display
         self.store = open_store(plan.storage)
+        self.store.check_writable()
+        self.directory = claim_directory(self.store, plan.job)
         self.folder: Path
         """The run directory, or where this process works on what of it is appended to."""
         self.still_ours: StillOurs
         self.started = time.time()
+        self.first_started = self.started
+        """When the first attempt began."""
+        self.seconds_before = 0.0
+        """Of earlier attempts."""
         self.stages: dict[str, StageRecord] = {}
         self.attempt = 1
-        self.status: Literal["running", "failed", "finished"] = "running"
+        self.status: Literal["running", "stopped", "failed", "finished"] = "running"
         self.faults: list[Fault] = []
         """Of this attempt and of those before it that did not finish."""
         self._mutex, self._collecting = threading.Lock(), threading.Lock()
@@ -177,14 +183,18 @@ class Run:
     def save(self) -> None:
         """Write run.json."""
         with self._mutex:
-            document = {
-                "name": self.job.name,
+            now = time.time()
+            document = self.directory.model_dump() | {
+                "run": self.directory.run,
                 "status": self.status,
+                "started_s": self.first_started,
+                "ended_s": None if self.status == "running" else now,
+                "seconds": self.seconds_before + now - self.started,
                 "attempt": self.attempt,
                 "stages": {name: asdict(record) for name, record in self.stages.items()},
                 "faults": [asdict(fault) for fault in self.faults],
             }
-            self.store.replace(f"{self.plan.run_key}/{RUN}", json.dumps(document, indent=1).encode())
+            self.store.replace(f"{self.directory.key}/{RUN}", json.dumps(document, indent=1).encode())
 
 
 @contextmanager
@@ -194,24 +204,24 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
     Raises `EnvironmentFault` for a storage that cannot be written and `LockedError` if the run is going on elsewhere.
     """
     run = Run(plan, display)
-    run.store.check_writable()
+    key = run.directory.key
     with ExitStack() as stack:
-        run.still_ours = stack.enter_context(run.store.exclusive(f"{plan.run_key}/lock"))
+        run.still_ours = stack.enter_context(run.store.exclusive(f"{key}/lock"))
         stack.enter_context(_books(run))
-        run.folder = stack.enter_context(run.store.workspace(plan.run_key, (METRICS, OUTBOX), run.still_ours))
-        run.store.replace(f"{plan.run_key}/job.yaml", run.shown_job().encode(), private=True)
-        shown = as_dict(replace(plan, job=without_password(plan.job)))
-        run.store.replace(f"{plan.run_key}/plan.json", json.dumps(shown, indent=1).encode(), private=True)
+        run.folder = stack.enter_context(run.store.workspace(key, (METRICS, OUTBOX), run.still_ours))
+        run.store.replace(f"{key}/job.yaml", run.shown_job().encode(), private=True)
+        shown = as_dict(replace(plan, job=without_password(plan.job))) | {"run_directory": run.store.address(key)}
+        run.store.replace(f"{key}/plan.json", json.dumps(shown, indent=1).encode(), private=True)
         run.spool = Spool(run.folder / METRICS)
         run.tracker, address = _tracker(run)
-        where = f"run {run.store.address(plan.run_key)}  mlflow {address}"
+        where = f"run {run.store.address(key)}  mlflow {address}"
         stack.enter_context(display.open(where, plan))
         stack.callback(_close_tracker, run)
         stack.enter_context(ray_session(plan.job.cluster, plan.cpu_slots))
         from orchestrator.monitoring.exporter import Exporter
         from orchestrator.runtime.board import start_board
 
-        run.board, run.exporter = start_board(), Exporter(plan.job.name)
+        run.board, run.exporter = start_board(), Exporter(run.directory.run)
         stack.enter_context(_monitor(run))
         yield run
 
@@ -219,8 +229,10 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
 @contextmanager
 def _books(run: Run) -> Iterator[None]:
     """Go on with the faults of an attempt that did not finish, and say at the end how this one did."""
-    before: dict[str, Any] = run.store.read_json(f"{run.plan.run_key}/{RUN}") or {}
-    if before.get("status") in ("running", "failed"):
+    before: dict[str, Any] = run.store.read_json(f"{run.directory.key}/{RUN}") or {}
+    run.first_started = before.get("started_s", run.started)
+    run.seconds_before = before.get("seconds", 0.0)
+    if before.get("status") in ("running", "stopped", "failed"):
         run.attempt = before["attempt"] + 1
         run.faults = [Fault(**fault) for fault in before["faults"]]
         if before["status"] == "running":
@@ -230,7 +242,7 @@ def _books(run: Run) -> Iterator[None]:
         yield
         run.status = "finished"
     except BaseException as error:
-        run.status = "failed"
+        run.status = "stopped" if isinstance(error, KeyboardInterrupt | Terminated) else "failed"
         reason = str(find_user_error(error) or f"{type(error).__name__}: {error}".rstrip(": "))
         run.note(one_line(f"attempt {run.attempt} ended: {reason}"))
         raise
@@ -245,10 +257,10 @@ def _tracker(run: Run) -> tuple[Tracker, str]:
     tracker = Tracker(
         uri=uri,
         experiment=tracking.experiment,
-        run_name=run.job.name,
+        run_name=run.directory.run,
         spool_path=run.spool.path,
         state_path=run.folder / OUTBOX,
-        tags={"run_directory": run.store.address(run.plan.run_key), "seed": str(run.job.seed), **job_tags()},
+        tags={"run_directory": run.store.address(run.directory.key), "seed": str(run.job.seed), **job_tags()},
         artifact_location=Path(run.store.address("mlartifacts")).as_uri() if own else None,
         warn=run.warn,
         enabled=tracking.enabled,

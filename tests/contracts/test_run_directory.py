@@ -1,0 +1,71 @@
+"""Runs do not overwrite each other: a changed job under the same name gets a directory of its own, the same job its old one."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.run.directory import RUN, claim_directory, claimed, identity_of
+from orchestrator.spec.job import Job
+from orchestrator.store.files import Store, open_store
+
+
+@pytest.fixture(params=["directory", "bucket"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return open_store(tmp_path / "store") if request.param == "directory" else request.getfixturevalue("s3")
+
+
+def job(name: str = "a", **fields: Any) -> Job:
+    return Job.model_validate_json(json.dumps({"name": name} | fields))
+
+
+def test_a_changed_job_is_another_run_and_the_same_job_the_same(store: Store) -> None:
+    first, second, third = job(), job(seed=1), job(objective={"alpha": 0.5})
+    assert [claim_directory(store, j).key for j in (first, second, third)] == ["runs/a", "runs/a-2", "runs/a-3"]
+    assert [claim_directory(store, j).key for j in (third, first, second)] == ["runs/a-3", "runs/a", "runs/a-2"]
+    elsewhere = job(
+        seed=1, tracking={"enabled": False}, train={"workers": 2, "micro_batch": 2}, labels={"kind": "sampled", "run_ahead": 3}
+    )
+    assert claim_directory(store, elsewhere).run == "a-2", "it changes no result"
+    assert [(d.run, d.number, d.identity) for d in claimed(store)] == [
+        ("a", 1, identity_of(first)),
+        ("a-2", 2, identity_of(second)),
+        ("a-3", 3, identity_of(third)),
+    ]
+
+
+def test_a_name_that_looks_numbered_shares_no_directory(store: Store) -> None:
+    assert claim_directory(store, job("a")).run == "a"
+    assert claim_directory(store, job("a-2", seed=1)).run == "a-2"
+    assert claim_directory(store, job("a", seed=1)).run == "a-3"
+    assert claim_directory(store, job("a-2")).run == "a-2-2"
+
+
+def test_many_starters_at_once(store: Store) -> None:
+    jobs = [job(seed=i % 6) for i in range(24)]
+    with ThreadPoolExecutor(24) as pool:
+        runs = list(pool.map(lambda j: claim_directory(store, j).run, jobs))
+    by_seed = [set(runs[seed::6]) for seed in range(6)]
+    assert all(len(found) == 1 for found in by_seed) and len(set.union(*by_seed)) == 6, "one job, one directory"
+    assert [d.run for d in claimed(store)] == ["a", *(f"a-{n}" for n in range(2, 7))]
+
+
+def test_a_removed_directory_frees_no_number(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for seed in range(11):
+        store.replace(f"{claim_directory(store, job(seed=seed)).key}/{RUN}", b"{}")
+    store.remove("runs/a-2")
+    assert claim_directory(store, job(seed=99)).run == "a-12"
+    assert claim_directory(store, job(seed=1)).run == "a-2"
+    assert [d.number for d in claimed(store)] == list(range(1, 13))
+
+
+def test_a_run_of_an_earlier_version_is_left_alone(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.replace(f"runs/a/{RUN}", json.dumps({"name": "a", "status": "finished", "attempt": 1}).encode())
+    assert claim_directory(store, job()).run == "a-2"
+    assert claim_directory(store, job()).run == "a-2"
