@@ -63,10 +63,7 @@ class Display:
     @contextmanager
     def open(self, where: str, plan: Plan) -> Iterator[None]:
         """Show the run of `plan`; `where` is its first and its last line."""
-        totals = {"student": plan.job.train.steps, "baseline": plan.job.train.steps}
-        if plan.teacher is not None:
-            totals["teacher"] = plan.job.teacher.train.steps  # type: ignore[union-attr]
-        self._rows = {s.name: _Row(total=totals.get(s.name, 0)) for s in plan.stages}
+        self._rows = {stage.name: _Row() for stage in plan.stages}
         self.say(where)
         try:
             if self._live_wanted:

@@ -19,6 +19,7 @@ from orchestrator.data.prepare import identify_corpus, prepare_tokens, prepared_
 from orchestrator.errors import SpecError
 from orchestrator.models.tokenizer import tokenizer_identity
 from orchestrator.plan.fingerprint import fingerprint
+from orchestrator.plan.length import with_steps
 from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
 from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.run import Run
@@ -26,7 +27,7 @@ from orchestrator.runtime.session import check_resources
 from orchestrator.spec.job import Job
 from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, PrunedStudent, TransformersTeacher
 from orchestrator.store.records import ModelFolder, Tokens, finished_model
-from orchestrator.student.job import Initial, TrainingJob
+from orchestrator.student.job import Evaluation, Initial, TrainingJob
 
 ABORT_GRACE_S = 30.0
 
@@ -96,15 +97,27 @@ def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:
             f"{manifest.special_documents} documents contain the text of a special token; it was encoded as text "
             "(data.special_tokens_in_text: allow makes it that token)"
         )
-    return Tokens(corpus.folder, manifest)
+    tokens = Tokens(corpus.folder, manifest)
+    for section, train in run.job.trainings.items():
+        with_steps(train, tokens.rows, section)
+    return tokens
 
 
 def pretrain_teacher(run: Run, tokens: Tokens) -> ModelFolder:
     """Train the teacher here: a distillation run without a teacher."""
     spec = run.job.teacher
     assert isinstance(spec, PretrainTeacher)
+    every = run.job.evaluate.every
     job = TrainingJob(
-        "teacher", spec.model, tokens.manifest.vocab_size, spec.train, spec.seed, tokens.folder, tokens.manifest, soft=None
+        "teacher",
+        spec.model,
+        tokens.manifest.vocab_size,
+        with_steps(spec.train, tokens.rows, "teacher.train"),
+        spec.seed,
+        tokens.folder,
+        tokens.manifest,
+        soft=None,
+        evaluation=Evaluation(every, run.job.evaluate.every_rows, log=None) if every else None,
     )
     return _train(run, tokens, job)
 
@@ -154,6 +167,7 @@ def train_baseline(run: Run, tokens: Tokens, student: TrainingJob) -> ModelFolde
 
 def _train(run: Run, tokens: Tokens, job: TrainingJob) -> ModelFolder:
     with run.stage(job.stage, job.key, {"model": job.model, "train": job.train, "seed": job.seed}) as stage:
+        run.display.expect(job.stage, job.steps)
         model = finished_model(run.store, job.folder)
         if model is not None:
             stage.reuse()
@@ -161,6 +175,13 @@ def _train(run: Run, tokens: Tokens, job: TrainingJob) -> ModelFolder:
             from orchestrator.student.launch import train_model
 
             model = train_model(run.store, job, run.board, tokens.tokenizer, run.warn)
+            run.collect()  # so that the stage's last line has its last step
+            done = int(model.manifest.training["steps"])
+            if done < job.steps:
+                run.display.say(
+                    f"{job.stage}: stopped at step {done} of {job.steps}: the held-out cross entropy was not lower in "
+                    f"{job.train.patience} evaluations"
+                )
         stage.figures |= model.manifest.training
     return model
 

@@ -84,7 +84,7 @@ class Run:
         self.status: Literal["running", "stopped", "failed", "finished"] = "running"
         self.faults: list[Fault] = []
         """Of this attempt and of those before it that did not finish."""
-        self._mutex = threading.Lock()
+        self._mutex, self._collecting = threading.Lock(), threading.Lock()
         self.board: Any = None
         self.exporter: Any = None
         self.spool: Spool
@@ -152,8 +152,9 @@ class Run:
 
         from orchestrator.runtime.board import STUDENT_SHARDS
 
-        points, warnings = ray.get([self.board.take.remote(), self.board.take_warnings.remote()])
-        self._keep(points)
+        with self._collecting:  # points of one call are kept before those of the next
+            points, warnings = ray.get([self.board.take.remote(), self.board.take_warnings.remote()])
+            self._keep(points)
         for text in warnings:
             self.warn(text)
         started = self.progress().get(f"student.{STUDENT_SHARDS}")

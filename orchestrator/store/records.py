@@ -103,6 +103,11 @@ class Tokens:
     manifest: TokenManifest
 
     @property
+    def rows(self) -> int:
+        """Training rows."""
+        return sum(self.manifest.shard_rows)
+
+    @property
     def tokenizer(self) -> str:
         return f"{self.folder}/tokenizer"
 
