@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from orchestrator.errors import DataError
+from orchestrator.evaluate.bootstrap import Intervals, intervals
+from orchestrator.evaluate.generate import continued
 from orchestrator.evaluate.samples import Answers, SampleToken, sample_text
 from orchestrator.evaluate.speculate import Acceptance, acceptance
 from orchestrator.evaluate.tokens import Against, by_token
@@ -63,6 +65,9 @@ class Measured:
     by_token: dict[str, Any]
     """What report.json says under `heldout`."""
     samples: list[list[SampleToken]]
+    generated: list[dict[str, str]]
+    """What `continued` returns; without a teacher that no process holds alone."""
+    intervals: Intervals | None
 
 
 @dataclass
@@ -70,9 +75,9 @@ class _Sums:
     """Totals over all positions of one model, and single numbers by position."""
 
     positions: int = 0
-    ce: float = 0.0
     correct: int = 0
     seconds: float = 0.0
+    ce: list[torch.Tensor] = field(default_factory=list)
     kl: list[torch.Tensor] = field(default_factory=list)
     agree: list[torch.Tensor] = field(default_factory=list)
 
@@ -173,7 +178,16 @@ def _measured(
     }
     tokenizer = Tokenizer.from_file(str(subjects["teacher"].folder / "tokenizer.json"))
     samples = sample_text(speakers["teacher"], speakers["student"], windows, tokenizer)
-    return Measured(figures, by_token(torch.cat(entropy).numpy(), against), samples)
+    generated = continued(models, windows, kept, subjects["teacher"].folder)
+    targets = kept.sum(1).cpu()
+    nats = {name: _by_window(torch.cat(s.ce), targets) for name, s in sums.items()}
+    found = intervals(nats, targets.numpy())
+    return Measured(figures, by_token(torch.cat(entropy).numpy(), against), samples, generated, found)
+
+
+def _by_window(values: torch.Tensor, targets: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Sums [windows] of `values` [positions] that stand window after window, `targets` [windows] of each."""
+    return np.add.reduceat(values.numpy(), (targets.cumsum(0) - targets).numpy())
 
 
 @torch.inference_mode()
@@ -214,7 +228,7 @@ def _accumulate(sums: _Sums, log_probs: torch.Tensor, target: torch.Tensor) -> N
     top, choice = log_probs.max(-1)
     right = choice == target
     sums.positions += len(target)
-    sums.ce -= float(log_probs.gather(1, target[:, None]).double().sum())
+    sums.ce.append(-log_probs.gather(1, target[:, None])[:, 0].double().cpu())
     sums.correct += int(right.sum())
     confidence = top.exp().double().cpu()
     bin_of = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
@@ -223,7 +237,7 @@ def _accumulate(sums: _Sums, log_probs: torch.Tensor, target: torch.Tensor) -> N
 
 
 def _figures(name: str, sums: _Sums, model: PreTrainedModel, subject: Subject) -> dict[str, float]:
-    ce = sums.ce / sums.positions
+    ce = float(torch.cat(sums.ce).mean())
     if not math.isfinite(ce):
         raise DataError(f"{name}: the held-out cross entropy is not finite")
     _, confidence, correct = sums.bins
