@@ -85,9 +85,8 @@ def _default(node: Node) -> str:
     value: Any = node.get("default")
     if isinstance(value, dict):
         return f"kind `{value['kind']}`" if "kind" in value else ""
-    if isinstance(value, list) and node.get("items", {}).get("discriminator") and value:
-        kinds: list[Node] = value
-        return ", ".join(f"kind `{item['kind']}`" for item in kinds)
+    if value and "discriminator" in node.get("items", {}):
+        return ", ".join(f"kind `{item['kind']}`" for item in value)
     return f"`{json.dumps(value)}`"
 
 
