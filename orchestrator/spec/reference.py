@@ -6,7 +6,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterator
-from typing import cast
+from typing import Any
 
 from orchestrator.spec.schema import Node, root
 
@@ -82,12 +82,11 @@ def _value(node: Node, titles: dict[str, str]) -> str:
 
 
 def _default(node: Node) -> str:
-    value = node.get("default")
+    value: Any = node.get("default")
     if isinstance(value, dict):
         return f"kind `{value['kind']}`" if "kind" in value else ""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        sections = cast(list[Node], value)
-        return ", ".join(f"kind `{section['kind']}`" for section in sections)
+    if value and "discriminator" in node.get("items", {}):
+        return ", ".join(f"kind `{item['kind']}`" for item in value)
     return f"`{json.dumps(value)}`"
 
 
@@ -96,7 +95,7 @@ def _referred(node: Node) -> Iterator[str]:
     if "$ref" in node:
         yield _name(node["$ref"])
     inner: list[Node] = [*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("prefixItems", ())]
-    for option in [*inner, node["items"]] if isinstance(node.get("items"), dict) else inner:
+    for option in [*inner, node["items"]] if "items" in node else inner:
         yield from _referred(option)
 
 
