@@ -231,6 +231,12 @@ def test_ids_beyond_the_embedding(job: Json, refused: Callable[..., str], tmp_pa
     refused(added | {"data": job["data"] | {"source": source}}, SPEC, "teacher.path", "'<think>'", "512")
 
 
+def test_features_and_shards_that_the_teacher_cannot_give(job: Json, refused: Callable[..., str]) -> None:
+    """Known from the outline of a teacher that is here."""
+    kept = job["labels"] | {"features": {"keep": [{"layer": 9}]}}
+    refused(job | {"labels": kept}, SPEC, "labels.features", "hidden.9", "2 layers")
+
+
 # Positions.
 
 
