@@ -14,7 +14,7 @@ from orchestrator.models.hub import checkpoint_folder
 from orchestrator.models.prune import check_prunable, pruned_config
 from orchestrator.models.sharded import check_shards
 from orchestrator.models.upcycle import mixture_config
-from orchestrator.plan.checkpoint import local_checkpoint
+from orchestrator.plan.checkpoint import check_positions, local_checkpoint
 from orchestrator.spec.job import Job
 from orchestrator.spec.labels import kept_features
 from orchestrator.spec.model import ConfigStudent, PretrainTeacher, PrunedStudent, TransformersTeacher, UpcycledStudent
@@ -41,6 +41,7 @@ def check_models(job: Job, ids: int) -> None:
         feature_widths(teacher, kept_features(job.labels), "labels.features")
     student = _student_config(job, ids, teacher)
     if student is not None:
+        check_positions(student.model_type, student.to_dict(), job.data.seq_len, "student")
         check_strategy(student, job.train, "train")
 
 
