@@ -80,7 +80,7 @@ def label(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
     """Have the teacher pool label what is demanded and not yet in the log; seal the demand."""
     log, shards = demand.log, demand.shards
     lineage = {"name": "tokens", "digest": tokens.manifest.content, "source": tokens.folder}
-    with run.stage("labels", log.key, {"labels": run.job.labels}, lineage) as stage:
+    with run.stage("labels", log.key, lineage) as stage:
         missing = log.missing(shards)
         run.display.expect("labels", len(shards))
         speed = blocked = None

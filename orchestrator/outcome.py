@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.labelling import Labelled, replica_of
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.run import Run
-from orchestrator.runtime.versions import versions
+from orchestrator.runtime.versions import git_commit, versions
 from orchestrator.store.records import ModelFolder, Tokens
 
 if TYPE_CHECKING:
@@ -106,6 +104,7 @@ def export(run: Run, student: ModelFolder, report: dict[str, Any]) -> None:
 
 def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[str, Any]:
     """report.json, report.html and summary.md in the run directory, and in MLflow."""
+    from orchestrator.report.build import verdict
     from orchestrator.report.build import write_report as write
     from orchestrator.report.timeline import bottleneck, lanes
 
@@ -122,11 +121,5 @@ def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[s
     with run.stage("report", fingerprint("report", report["fingerprints"])):
         for path in write(run.folder, report, run.points(), samples, run.shown_job()):
             run.tracker.artifact(path)
+    run.conclude(report, verdict(report))
     return report
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this code runs from; None for an installed package."""
-    here = Path(__file__).parent
-    result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None

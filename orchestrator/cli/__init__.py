@@ -13,7 +13,10 @@ import typer
 
 from orchestrator.cli.cluster import cluster_app
 from orchestrator.cli.options import AsJson, JobFile, Overrides
+from orchestrator.cli.runs import runs_app
+from orchestrator.cli.stopped import say_stopped
 from orchestrator.errors import DistillError, Terminated, find_user_error
+from orchestrator.runtime.signals import heed_signals
 
 app = typer.Typer(
     name="distill",
@@ -26,6 +29,7 @@ app = typer.Typer(
 labels_app = typer.Typer(help="Look into a label log.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(labels_app, name="labels")
 app.add_typer(cluster_app)
+app.add_typer(runs_app)
 dashboards_app = typer.Typer(help="Watch runs in Grafana.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(dashboards_app, name="dashboards")
 
@@ -171,15 +175,14 @@ def _open_log(path: str) -> Any:
 
 def main() -> None:
     """Run the command and end with the exit code that the contract gives its outcome."""
+    heed_signals()
     try:
-        sys.exit(app(standalone_mode=False))
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("interrupted; run the same job again to continue", file=sys.stderr)
-        sys.exit(130)
+        code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of a KeyboardInterrupt
+            say_stopped("interrupted", sys.argv[1:])
+        sys.exit(code)
     except Terminated:
-        print("terminated; run the same job again to continue", file=sys.stderr)
+        say_stopped("terminated", sys.argv[1:])
         sys.exit(143)
     except Exception as error:
         sys.exit(_explain(error))
