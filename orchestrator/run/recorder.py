@@ -203,18 +203,18 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
     with ExitStack() as stack:
         stack.enter_context(signals_heeded())
         run.still_ours = stack.enter_context(run.store.exclusive(f"{key}/lock"))
-        stack.enter_context(_books(run))
+        stack.enter_context(_attempt(run))
         run.folder = stack.enter_context(run.store.workspace(key, (METRICS, OUTBOX), run.still_ours))
         run.store.replace(f"{key}/job.yaml", run.shown_job().encode(), private=True)
         shown = as_dict(replace(plan, job=without_password(plan.job))) | {"run_directory": run.store.address(key)}
         run.store.replace(f"{key}/plan.json", json.dumps(shown, indent=1).encode(), private=True)
         run.spool = Spool(run.folder / METRICS)
         run.tracker, address = start_tracker(run, run.folder / OUTBOX)
-        if plan.job.tracking.enabled:
-            stack.enter_context(system_metrics(run.spool, PARENT, run.first_started))
         where = f"run {run.store.address(key)}  mlflow {address}"
         stack.enter_context(display.open(where, plan))
         stack.enter_context(_tracked_to_the_end(run))
+        if plan.job.tracking.enabled:
+            stack.enter_context(system_metrics(run.spool, PARENT, run.first_started))
         stack.enter_context(ray_session(plan.job.cluster, plan.cpu_slots))
         from orchestrator.monitoring.exporter import Exporter
         from orchestrator.runtime.board import start_board
@@ -226,7 +226,7 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
 
 
 @contextmanager
-def _books(run: Run) -> Iterator[None]:
+def _attempt(run: Run) -> Iterator[None]:
     """Go on with the faults of an attempt that did not finish, and say at the end how this one did."""
     before: dict[str, Any] = run.store.read_json(f"{run.directory.key}/{RUN}") or {}
     run.first_started = before.get("started_s", run.started)
@@ -262,6 +262,7 @@ def _tracked_to_the_end(run: Run) -> Iterator[None]:
 
 @contextmanager
 def _told_at_once(run: Run) -> Iterator[None]:
+    """Tell MLflow of a failure or a stop before Ray is shut down: whoever stops a run may kill it seconds later."""
     try:
         yield
     except BaseException as error:
@@ -288,9 +289,11 @@ def _monitor(run: Run) -> Iterator[None]:
     thread.start()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         stop.set()
         thread.join()
+        if failures and ended_by(error) == "failed":
+            raise failures[0] from error
         with suppress(Exception):  # what ended the run is to be known, not what followed from it
             run.collect()
         raise

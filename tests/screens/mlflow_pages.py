@@ -18,7 +18,9 @@ from tests.screens.browser import Browser, browser
 
 PARAMETER, METRIC = "objective.alpha", "student/heldout_ce_nats"
 COLUMNS = [f"params.`{PARAMETER}`", *(f"metrics.`{name}`" for name in (METRIC, "gap_recovered", "student/kl_to_teacher_nats"))]
-WIDTH, HEIGHT = 1300, 560
+FILTER = f"params.`{PARAMETER}` LIKE '%'"
+"""Children have no such parameter."""
+WIDTH, HEIGHT = 1300, 760
 
 
 def picture(database: str, folder: Path) -> list[Path]:
@@ -47,7 +49,12 @@ def prepare(page: Browser, address: str, experiment: str) -> None:
     """Leave in the browser what a person would have clicked: these columns, no assistant."""
     page.open(f"{address}/#/experiments")
     page.shows("distill")
-    state = {"selectedColumns": COLUMNS, "orderByKey": f"metrics.`{METRIC}`", "orderByAsc": True}
+    state = {
+        "selectedColumns": COLUMNS,
+        "orderByKey": f"metrics.`{METRIC}`",
+        "orderByAsc": True,
+        "columnWidths": dict.fromkeys(COLUMNS, 210),
+    }
     key = f'MLflowLocalStorage-1.1-ExperimentPage-["{experiment}"]-ReactComponentState'
     for name, value in ((key, json.dumps(state)), ("mlflow.assistant.panelOpen_v1", "false")):
         page.run(f"localStorage.setItem({json.dumps(name)}, {json.dumps(value)})")
@@ -55,7 +62,8 @@ def prepare(page: Browser, address: str, experiment: str) -> None:
 
 
 def picture_table(page: Browser, address: str, runs: list[Any], file: Path) -> None:
-    page.open(f"{address}?orderByKey={quote(f'metrics.`{METRIC}`', safe='')}&orderByAsc=true")
+    order, chosen = (quote(text, safe="") for text in (f"metrics.`{METRIC}`", FILTER))
+    page.open(f"{address}?searchFilter={chosen}&orderByKey={order}&orderByAsc=true")
     for run in runs:
         page.shows(run.data.params[PARAMETER])
         page.shows(run.info.run_name)
