@@ -90,7 +90,7 @@ def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:
     corpus = identify_corpus(run.job.data, None if teacher is None else teacher.address, identity)
     source = run.job.data.source
     lineage = {"name": source.kind, "digest": corpus.key, "source": source.model_dump_json()}
-    with run.stage("data", corpus.key, {"data": run.job.data}, lineage) as stage:
+    with run.stage("data", corpus.key, lineage) as stage:
         manifest = prepared_tokens(run.store, corpus)
         if manifest is None:
             manifest = prepare_tokens(run.store, corpus)
@@ -140,7 +140,7 @@ def prepare_student(run: Run, tokens: Tokens, teacher: ModelFolder) -> Model | I
     origin = Origin(run.store, student, teacher, run.job.seed, f"{tokens.folder}/train", tokens.manifest)
     if not isinstance(student, PrunedStudent):
         _tell_ignored_weights(run, "student.path", origin.folder)
-    with run.stage("initial", origin.key, {"student": student}) as stage:
+    with run.stage("initial", origin.key) as stage:
         initial = finished_initial(origin)
         if initial is None:
             initial = make_initial(origin)
@@ -171,7 +171,7 @@ def train_baseline(run: Run, tokens: Tokens, student: TrainingJob) -> ModelFolde
 
 
 def _train(run: Run, tokens: Tokens, job: TrainingJob) -> ModelFolder:
-    with run.stage(job.stage, job.key, {"model": job.model, "train": job.train, "seed": job.seed}) as stage:
+    with run.stage(job.stage, job.key) as stage:
         run.display.expect(job.stage, job.steps)
         model = finished_model(run.store, job.folder)
         if model is not None:
