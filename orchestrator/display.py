@@ -113,7 +113,7 @@ class Display:
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 2))
-        marks = {"running": "●", "ran": "✓", "reused": "↺", "failed": "✗", "waiting": "·"}
+        marks = {"running": "●", "ran": "✓", "reused": "↺", "failed": "✗", "stopped": "■", "waiting": "·"}
         with self._mutex:
             for name, row in self._rows.items():
                 seconds = time.time() - row.started if row.status == "running" else row.seconds

@@ -20,7 +20,11 @@ class DistillError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        self.message = one_line(message)
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return self.message  # Ray Data adds advice of its own to `args`
 
 
 class SpecError(DistillError):
@@ -59,7 +63,7 @@ class LockedError(DistillError):
     exit_code = 7
 
 
-class Terminated(BaseException):
+class Terminated(KeyboardInterrupt):
     """SIGTERM arrived: no error, and nothing that an `except Exception` should swallow."""
 
 
@@ -79,12 +83,16 @@ def find_user_error(error: BaseException) -> DistillError | None:
         if id(current) in seen:
             continue
         seen.add(id(current))
-        cause = getattr(current, "cause", None)
-        if isinstance(cause, DistillError):  # Ray's wrapper is of the same class, but its text is a traceback
-            return cause
         if isinstance(current, DistillError):
-            return current
-        inner = [current.__cause__, current.__context__, getattr(current, "cause", None)]
+            return _innermost(current)
+        inner = [getattr(current, "cause", None), current.__cause__, current.__context__]
         inner += list(getattr(current, "worker_failures", {}).values())
         queue += [e for e in inner if isinstance(e, BaseException)]
     return None
+
+
+def _innermost(error: DistillError) -> DistillError:
+    """`error` without Ray's wrapper, which is of the same class and has a traceback for its text."""
+    while isinstance(cause := getattr(error, "cause", None), DistillError):
+        error = cause
+    return error

@@ -105,7 +105,7 @@ def label(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
     """
     log, shards = demand.log, demand.shards
     lineage = {"name": "tokens", "digest": tokens.manifest.content, "source": tokens.folder}
-    with run.stage("labels", log.key, {"labels": run.job.labels}, lineage) as stage:
+    with run.stage("labels", log.key, lineage) as stage:
         missing = log.missing(shards)
         run.display.expect("labels", len(shards))
         speed = blocked = None

@@ -18,6 +18,7 @@ from orchestrator.checks.check import refuse_first
 from orchestrator.data.prepare import identify_corpus, prepare_tokens, prepared_tokens
 from orchestrator.errors import SpecError
 from orchestrator.models.tokenizer import tokenizer_identity
+from orchestrator.plan.checkpoint import local_checkpoint
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.length import with_steps
 from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
@@ -63,7 +64,8 @@ def fetch_teacher(run: Run) -> ModelFolder | None:
         teacher = fetch_teacher(run.store, spec)
         if isinstance(spec, TransformersTeacher):
             _tell_ignored_weights(run, "teacher.path", teacher.path)
-        refuse_first(look_at_models(_with_folder(run.job, teacher)))
+        if not (isinstance(spec, TransformersTeacher) and local_checkpoint(spec.path)):
+            _look_at_fetched(run, teacher)
         if spec.shards > 1:
             from orchestrator.models.build import outline
             from orchestrator.models.sharded import check_shards
@@ -73,10 +75,13 @@ def fetch_teacher(run: Run) -> ModelFolder | None:
     return teacher
 
 
-def _with_folder(job: Job, teacher: ModelFolder) -> Job:
-    """`job` with its teacher where it is now: what was not known of it before it was fetched."""
+def _look_at_fetched(run: Run, teacher: ModelFolder) -> None:
+    """Do what could not be done before the teacher was here; raises what a run would end with later."""
     local = TransformersTeacher(kind="transformers", path=str(teacher.path))
-    return job.model_copy(update={"teacher": local})
+    findings = list(look_at_models(run.job.model_copy(update={"teacher": local})))
+    refuse_first(findings)
+    for finding in findings:
+        run.warn(finding.text)
 
 
 def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:
@@ -85,7 +90,7 @@ def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:
     corpus = identify_corpus(run.job.data, None if teacher is None else teacher.address, identity)
     source = run.job.data.source
     lineage = {"name": source.kind, "digest": corpus.key, "source": source.model_dump_json()}
-    with run.stage("data", corpus.key, {"data": run.job.data}, lineage) as stage:
+    with run.stage("data", corpus.key, lineage) as stage:
         manifest = prepared_tokens(run.store, corpus)
         if manifest is None:
             manifest = prepare_tokens(run.store, corpus)
@@ -135,7 +140,7 @@ def prepare_student(run: Run, tokens: Tokens, teacher: ModelFolder) -> Model | I
     origin = Origin(run.store, student, teacher, run.job.seed, f"{tokens.folder}/train", tokens.manifest)
     if not isinstance(student, PrunedStudent):
         _tell_ignored_weights(run, "student.path", origin.folder)
-    with run.stage("initial", origin.key, {"student": student}) as stage:
+    with run.stage("initial", origin.key) as stage:
         initial = finished_initial(origin)
         if initial is None:
             initial = make_initial(origin)
@@ -166,7 +171,7 @@ def train_baseline(run: Run, tokens: Tokens, student: TrainingJob) -> ModelFolde
 
 
 def _train(run: Run, tokens: Tokens, job: TrainingJob) -> ModelFolder:
-    with run.stage(job.stage, job.key, {"model": job.model, "train": job.train, "seed": job.seed}) as stage:
+    with run.stage(job.stage, job.key) as stage:
         run.display.expect(job.stage, job.steps)
         model = finished_model(run.store, job.folder)
         if model is not None:

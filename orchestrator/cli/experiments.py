@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -61,8 +59,9 @@ def sweep(
             print(f"{number}  {point}")
         return
     from orchestrator.api import sweep as run_sweep
+    from orchestrator.runtime.noise import stdout_for_data
 
-    with contextlib.redirect_stdout(sys.stderr):  # Ray prints its warnings to stdout
+    with stdout_for_data():
         ended = run_sweep(job, grid, overrides or [])
     begun = [ran.run for ran in ended if is_run(open_store(ran.run))]
     if begun:

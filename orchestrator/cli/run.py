@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,8 +34,9 @@ def run(
         _show_plan(plan, as_json)
         return
     from orchestrator.api import run as run_plan
+    from orchestrator.runtime.noise import stdout_for_data
 
-    with contextlib.redirect_stdout(sys.stderr):  # Ray prints its warnings to stdout
+    with stdout_for_data():
         report = run_plan(plan)
     if as_json:
         print(json.dumps(report))
@@ -83,8 +82,9 @@ def plan(
 
             check_measured_here(made.job, cluster, [gpu.name for gpu in this_machine().gpus])
             from orchestrator.calibration import calibrated
+            from orchestrator.runtime.noise import stdout_for_data
 
-            with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints to stdout
+            with stdout_for_data():
                 rates = calibrated(made.job)
         print("\n".join(capacity(made, cluster, price, rates)))
         return

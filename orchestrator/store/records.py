@@ -126,11 +126,6 @@ class ModelManifest(Record):
         """Hex identity of weights, configuration and tokenizer."""
         return fingerprint("model", {name: record.sha256 for name, record in self.files.items()})
 
-    @property
-    def weights(self) -> str:
-        """Hex identity of the weight files alone."""
-        return fingerprint("weights", {n: r.sha256 for n, r in self.files.items() if n.endswith(".safetensors")})
-
 
 @dataclass(frozen=True)
 class ModelFolder:

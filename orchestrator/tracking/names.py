@@ -139,6 +139,17 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 )
 
 
+HEADLINES = {
+    f"{stage}/{name}"
+    for stage, names in {
+        "student": (LOSS, CE_NATS, KD_NATS, TRAIN_TOKENS_PER_S),
+        "labels": (LABEL_TOKENS_PER_S,),
+    }.items()
+    for name in names
+}
+"""Series, as STAGE/METRIC, that MLflow shows on the parent run too while the run goes on."""
+
+
 def of_replica(name: str, replica: int) -> str:
     """Name under which a point holds `name` of one teacher `replica` alone."""
     return f"{name}:{replica}"
