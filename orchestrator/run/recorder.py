@@ -114,7 +114,7 @@ class Run:
             record.seconds = time.time() - self.started - record.started_s
             record.status = "ran" if record.status == "running" else record.status
             self.exporter.finish(name)
-            self.display.stage_finished(name, record.status, record.seconds)
+            self.display.stage_finished(name, record.status, record.seconds, record.figures)
             self.tracker.stage_finished(identity, "FAILED" if record.status == "failed" else "FINISHED", record.figures)
             self.save()
 

@@ -21,7 +21,7 @@ from orchestrator.store.records import MODEL, finish_model
 from orchestrator.student.checkpoint import drop_checkpoints, restore_checkpoint, save_checkpoint
 from orchestrator.student.feed import Feed, MicroBatch
 from orchestrator.student.job import TrainingJob
-from orchestrator.student.meter import Meter
+from orchestrator.student.meter import Meter, peak_memory_bytes
 from orchestrator.student.trainer import Trainer, start_trainer
 
 
@@ -82,6 +82,8 @@ def save_model(trainer: Trainer, store: Store, job: TrainingJob, tokenizer_folde
             model.save_pretrained(folder, state_dict=state)
             if ahead is not None:
                 save_mtp(ahead, job.ahead.depth, folder)
-        finish_model(store, job.folder, job.vocab_size, training)
+        finish_model(
+            store, job.folder, job.vocab_size, training | {"peak_memory_bytes": peak_memory_bytes(trainer.engine.device)}
+        )
         drop_checkpoints(store, job.folder)
     dist.barrier()

@@ -131,14 +131,17 @@ def drawn(curve: Curve, faint: bool = False, axis: str = "y") -> dict[str, Any]:
 
 
 def end_labels(curves: Sequence[Curve], low: float, high: float, height_px: float, axis: str) -> list[dict[str, Any]]:
-    """Each line's name at its end, pushed apart where ends lie too close to be read."""
+    """Each line's name at the right margin, as high as its end, pushed apart where ends lie too close to be read.
+
+    At the margin and not where the line ends: another line may go on there.
+    """
     to_px: Callable[[float], float] = lambda y: (y - low) / (high - low) * height_px  # noqa: E731
     labels, taken = [], -math.inf
     for curve in sorted(curves, key=lambda c: c.y[-1]):
         place = max(to_px(curve.y[-1]), taken + _LABEL_GAP_PX)
         taken = place
         labels.append(
-            {"x": curve.x[-1], "y": curve.y[-1], "yref": axis, "text": curve.label, "showarrow": False}
+            {"x": 1, "xref": "paper", "y": curve.y[-1], "yref": axis, "text": curve.label, "showarrow": False}
             | {"xanchor": "left", "xshift": 6, "yshift": place - to_px(curve.y[-1])}
             | {"font": {"color": curve.color, "size": 13}}
         )
