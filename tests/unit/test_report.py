@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from orchestrator.report.build import verdict, write_report
 from orchestrator.report.charts import charts
+from orchestrator.report.charts.figure import Curve, end_labels
 from orchestrator.report.facts import SPEEDS, hardware_rows
 from orchestrator.report.text import shown
 from orchestrator.report.words import nats, percent, seconds, short, size, visible
@@ -321,3 +323,11 @@ def test_names_of_lines_stand_where_no_line_is_drawn(name: str, seed: int) -> No
     """Fault of kind: the name of a line that ends early, overprinted by those that go on."""
     labels = [a for a in charts(whole_report(seed), small_points())[name].figure["layout"]["annotations"] if a["yref"] != "y2"]
     assert labels and all(a["xref"] == "paper" and a["x"] == 1 and a["xanchor"] == "left" for a in labels)
+
+
+def test_names_of_lines_do_not_overlap_nor_leave_the_figure() -> None:
+    ends = [3.9, 3.95, 3.96, 4.0]
+    curves = [Curve(str(y), "$text", "solid", [0, 1], [], [0, y]) for y in ends]
+    labels = end_labels(curves, 0.0, 4.0, 200.0, "y")
+    places = [y / 4.0 * 200 + label["yshift"] for y, label in zip(ends, labels, strict=True)]
+    assert places[-1] == 200 and all(b - a >= 17 for a, b in pairwise(places))

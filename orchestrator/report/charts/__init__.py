@@ -11,6 +11,8 @@ from orchestrator.report.charts.timeline import timeline_chart
 from orchestrator.report.charts.training import ce_chart, loss_chart, small_chart
 from orchestrator.tracking import names
 
+_TRAINED = ("baseline", "student")
+
 
 def charts(report: dict[str, Any], points: Sequence[dict[str, Any]]) -> dict[str, Chart]:
     """All charts that the run has data for, by name."""
@@ -18,10 +20,10 @@ def charts(report: dict[str, Any], points: Sequence[dict[str, Any]]) -> dict[str
     found = {
         "ce": ce_chart(report, points),
         "loss": loss_chart(points),
-        "heldout_ce": small_chart(points, names.HELDOUT_CE_NATS, "nats per token", 4, dots=True),
-        "heldout_kl": small_chart(points, names.HELDOUT_KL_NATS, "nats per token", 4, dots=True),
-        "learning_rate": small_chart(points, names.LEARNING_RATE, "learning rate", 6),
-        "grad_norm": small_chart(points, names.GRAD_NORM, "gradient norm", 3),
+        "heldout_ce": small_chart(points, names.HELDOUT_CE_NATS, _TRAINED, 4, dots=True),
+        "heldout_kl": small_chart(points, names.HELDOUT_KL_NATS, _TRAINED, 4, dots=True),
+        "learning_rate": small_chart(points, names.LEARNING_RATE, ("student",), 6),
+        "grad_norm": small_chart(points, names.GRAD_NORM, _TRAINED, 3),
         "kl": kl_chart(heldout) if heldout else None,
         "agreement": agreement_chart(heldout) if heldout else None,
         "timeline": timeline_chart(report, points),

@@ -75,17 +75,19 @@ def loss_chart(points: Sequence[dict[str, Any]]) -> Chart | None:
     return Chart(figure, *_table(curves))
 
 
-def small_chart(points: Sequence[dict[str, Any]], metric: str, unit: str, digits: int, dots: bool = False) -> Chart | None:
-    """One metric of student and baseline by step, for half of the page's width; with `dots` where it was measured."""
-    curves = [c for m in ("baseline", "student") if (c := curve(points, m, metric, m, f"${m}"))]
+def small_chart(
+    points: Sequence[dict[str, Any]], metric: str, models: Sequence[str], digits: int, dots: bool = False
+) -> Chart | None:
+    """One metric of `models` by step, for half of the page's width; with `dots` where it was measured."""
+    curves = [c for m in models if (c := curve(points, m, metric, m, f"${m}"))]
     if not curves:
         return None
     layout = frame(_SMALL, narrow=True)
     layout["xaxis"] = plain_axis() | {"showgrid": False, "title": axis_title("step")}
-    layout["yaxis"] = plain_axis() | {"title": axis_title(unit), "exponentformat": "power", "nticks": 5}
+    layout["yaxis"] = plain_axis() | {"exponentformat": "power", "nticks": 5}
     data = [drawn(c) | ({"mode": "lines+markers"} if dots else {}) for c in curves]
     if not dots:
-        data = [drawn(c, faint=True) | {"showlegend": False} for c in curves if c.raw != c.y] + data
+        data = [drawn(c, faint=True) for c in curves if c.raw != c.y] + data
     return Chart({"data": data, "layout": layout}, *_table(curves, digits))
 
 
