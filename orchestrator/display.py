@@ -63,6 +63,8 @@ class _Row:
     started: float = 0.0
     seconds: float = 0.0
     done: int = 0
+    last: int = 0
+    """`done` as the last point had it: less than `done` while steps are repeated after a worker's death."""
     total: int = 0
     first: int = 0
     """`done` when the stage was first heard of: what a resumed run had already."""
@@ -77,12 +79,12 @@ class _Row:
         if not self.first_at:
             self.first, self.first_at = done, time.time()
         if names.TRAIN_TOKENS_PER_S in metrics:
-            if self.pace is None or done <= self.done:  # a worker died, and its successor has started up
+            if self.pace is None or done <= self.last:  # a worker died, and its successor has started up
                 self.pace = _Pace()
             else:
                 self.pace.add(metrics)
             self.figures |= self.pace.figures()
-        self.done = max(self.done, done)
+        self.last, self.done = done, max(self.done, done)
         self.figures |= {_LIVE[name]: value for name, value in metrics.items() if name in _LIVE}
 
     def detail(self) -> str:
