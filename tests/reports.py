@@ -56,6 +56,37 @@ def small_report(student: float = 3.375, baseline: float | None = 3.4, teacher: 
         ],
         "attempt": 1,
         "faults": [],
+        "bottleneck": "Teacher and student kept pace.",
+        "timeline": {},
+        "generated": [],
+        "data": {
+            "source": "text",
+            "documents": 321,
+            "heldout_documents": 64,
+            "skipped_documents": 2,
+            "rows": 64,
+            "heldout_rows": 16,
+            "tokens": 64 * 128,
+            "dropped_tokens": 57,
+            "seq_len": 128,
+            "target_share": 0.75,
+        },
+        "training": {
+            name: {
+                "steps": 20,
+                "rows_seen": 160,
+                "rows_there": 64,
+                "passes": 2.5,
+                "tokens_seen": 160 * 128,
+                "kept_step": 15,
+                "tokens_per_s": 26750.0,
+                "label_wait_fraction": wait,
+                "peak_memory_bytes": 1_420_000_000,
+            }
+            for name, wait in (("student", 0.31), ("baseline", 0.0))
+        },
+        "hardware": [{"node": "10.0.0.1", "cores": 16, "memory_bytes": 137_000_000_000, "gpus": ["H200"]}],
+        "tracking": "http://localhost:5000/#/experiments/1/runs/abc",
     }
 
 
@@ -92,34 +123,6 @@ def whole_report(seed: int) -> dict[str, Any]:
     report["bottleneck"] = bottleneck(report["stages"], report["timeline"], 61.0, Room(replica=True, worker=True))
     report |= {
         "gap_recovered_interval": [0.18, 0.31],
-        "data": {
-            "source": "text",
-            "documents": 321,
-            "heldout_documents": 64,
-            "skipped_documents": 2,
-            "rows": 64,
-            "heldout_rows": 16,
-            "tokens": 64 * 128,
-            "dropped_tokens": 57,
-            "seq_len": 128,
-            "target_share": 0.75,
-        },
-        "training": {
-            name: {
-                "steps": 20,
-                "rows_seen": 160,
-                "rows_there": 64,
-                "passes": 2.5,
-                "tokens_seen": 160 * 128,
-                "kept_step": 15,
-                "tokens_per_s": 26750.0,
-                "label_wait_fraction": wait,
-                "peak_memory_bytes": 1_420_000_000,
-            }
-            for name, wait in (("student", 0.31), ("baseline", 0.0))
-        },
-        "hardware": [{"node": "10.0.0.1", "cores": 16, "memory_bytes": 137_000_000_000, "gpus": ["H200"]}],
-        "tracking": "http://localhost:5000/#/experiments/1/runs/abc",
         "generated": [
             {"prompt": "def f(x):", "teacher": "\n    return x + 1", "student": "\n    return x", "baseline": ""},
             {"prompt": "The student's", "teacher": " teacher <b>", "student": " teacher", "baseline": " the the"},

@@ -20,7 +20,7 @@ Rows = list[tuple[str, str]]
 
 def training_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """A line for each model that was trained; columns that no training has a figure for are left out."""
-    trainings = report.get("training") or {}
+    trainings = report["training"]
     columns = {
         "steps": lambda t: count(t.get("steps")),
         "kept step": lambda t: count(t.get("kept_step")),
@@ -39,9 +39,7 @@ def training_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]
 
 
 def data_rows(report: Mapping[str, Any]) -> Rows:
-    data = report.get("data")
-    if not data:
-        return []
+    data = report["data"]
     learnt = [("learnt of them, the rest is prompts", percent(data["target_share"]))] if data["target_share"] < 1 else []
     return [
         ("source", data["source"]),
@@ -58,7 +56,7 @@ def data_rows(report: Mapping[str, Any]) -> Rows:
 
 def hardware_rows(report: Mapping[str, Any]) -> Rows:
     """Nodes that are alike share a line."""
-    nodes = report.get("hardware") or []
+    nodes = report["hardware"]
     kinds = Counter((n["cores"], size(n["memory_bytes"]), tuple(n["gpus"])) for n in nodes)
     return [
         (
@@ -71,27 +69,24 @@ def hardware_rows(report: Mapping[str, Any]) -> Rows:
 
 def again_rows(report: Mapping[str, Any]) -> Rows:
     """The command that runs the job again, and where the run is tracked."""
-    command = [("run it again", f"distill run {report['job_file']}")] if report.get("job_file") else []
-    return command + ([("MLflow", report["tracking"])] if report.get("tracking") else [])
+    tracked = [("MLflow", report["tracking"])] if report["tracking"] else []
+    return [("run it again", f"distill run {report['job_file']}"), *tracked]
 
 
 def summary_lines(report: Mapping[str, Any]) -> list[str]:
     """The same in few words."""
-    lines = []
-    data, hardware = report.get("data"), hardware_rows(report)
-    if data:
-        lines.append(
-            f"Data: {count(data['documents'])} documents, {count(data['rows'])} rows of {count(data['seq_len'])} tokens, "
-            f"{count(data['heldout_rows'])} held out, {count(data['dropped_tokens'])} tokens dropped"
-        )
-    student = (report.get("training") or {}).get("student") or {}
+    data = report["data"]
+    lines = [
+        f"Data: {count(data['documents'])} documents, {count(data['rows'])} rows of {count(data['seq_len'])} tokens, "
+        f"{count(data['heldout_rows'])} held out, {count(data['dropped_tokens'])} tokens dropped"
+    ]
+    student = report["training"].get("student", {})
     if "passes" in student:
         lines.append(
             f"Student: {count(student['steps'])} steps, {count(student['rows_seen'])} rows read "
             f"({number(student['passes'], 2)} passes), {count(student['tokens_seen'])} tokens"
         )
-    if hardware:
-        lines.append("Hardware: " + "; ".join(f"{name} {what}" for name, what in hardware))
+    lines.append("Hardware: " + "; ".join(f"{name} {what}" for name, what in hardware_rows(report)))
     return lines + [f"{name.capitalize() if name != 'MLflow' else name}: `{value}`" for name, value in again_rows(report)]
 
 
