@@ -83,7 +83,7 @@ def test_report_json_holds_the_contract(tmp_path: Path) -> None:
 def test_page_shows_the_figures_and_loads_nothing(tmp_path: Path) -> None:
     _, page, _ = _written(tmp_path, small_report(), small_points())
     parsed = _Page(page)
-    assert parsed.links == ["data:,"]
+    assert parsed.links == ["data:,", small_report()["tracking"]]
     assert not re.search(r"url\(|@import", page.split("</style>")[0])
     assert "default-src 'none'" in page
     assert len(parsed.scripts) == 3 and page.count("Plotly.react(") >= 1
