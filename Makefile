@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart gemma test lint faults e2e dashboards dashboards-check seeds students bench bench-head bench-trl bench-pipelines \
-	bench-planner bench-prune bench-log bench-replicas bench-loading bench-gemma-pipeline bench-shards draws learn clean
+.PHONY: quickstart gemma test check lint faults e2e docs wheel-check dashboards dashboards-check seeds students bench \
+	bench-head bench-trl bench-pipelines bench-planner bench-prune bench-log bench-replicas bench-loading bench-gemma-pipeline \
+	bench-shards draws learn choose clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,12 +26,26 @@ lint: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
 
+# What a newcomer waits for: lint, types, import contracts, unit and contract tests, and a slice of every other layer.
 # A file's tests stay together: they share what a run left behind.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not deep and not cluster" tests
+
+# The rest: parity with single-process references, killed and broken runs, whole runs from the command line.
+check: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "deep and not cluster" tests
 
 e2e: $(READY)
 	$(BIN)/python -m pytest -m cluster tests/e2e
+
+# The generated part of docs/.
+docs: $(READY)
+	$(BIN)/distill schema > orchestrator/spec/job.schema.json
+	$(BIN)/distill schema --markdown > docs/reference.md
+
+# A wheel in an environment of its own, with everything it depends on; three jobs from an empty directory.
+wheel-check: $(READY)
+	$(BIN)/python -m pytest -m cluster tests/e2e/test_wheel.py -s --clean-install
 
 dashboards: $(READY)
 	$(BIN)/distill dashboards install dashboards
@@ -84,6 +99,9 @@ bench-shards: $(READY)
 
 draws: $(READY)
 	$(BIN)/python tests/bench/draws.py
+
+choose: $(READY)
+	$(BIN)/python tests/bench/choose.py
 
 learn: $(READY)
 	$(BIN)/python tests/bench/learn.py

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from orchestrator.checks.check import check
 from orchestrator.errors import DistillError, EnvironmentFault
 from orchestrator.plan.make import Plan, make_plan
 from orchestrator.runtime.environment import ray_token, tracking_uri
+from orchestrator.runtime.machine import this_machine
 from orchestrator.runtime.session import knock, ray_session
 from orchestrator.runtime.versions import PACKAGES, versions
 from orchestrator.spec.job import Job
@@ -37,6 +38,8 @@ def examine(job: Job | None) -> Iterator[Finding]:
         yield look("tracking", lambda: _tracking(uri))
     if job is not None:
         plan = make_plan(job)
+        for found in check(plan).findings:
+            yield Finding(found.key, found.refusal is None, found.text.removeprefix(f"{found.key}: "))
         yield look("storage", lambda: _storage(plan))
         if job.cluster.address != "local":
             yield look("nodes", lambda: _nodes(plan))
@@ -64,11 +67,9 @@ def _packages() -> str:
 
 
 def _devices() -> str:
-    import torch
-
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join([f"{os.cpu_count()} cores", f"{memory:.0f} GiB of memory", *(gpus or ["no GPU"])])
+    machine = this_machine()
+    gpus = [gpu.name for gpu in machine.gpus]
+    return ", ".join([f"{machine.cores} cores", f"{machine.memory / 2**30:.0f} GiB of memory", *(gpus or ["no GPU"])])
 
 
 def _token() -> str:

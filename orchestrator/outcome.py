@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import time
@@ -41,7 +42,11 @@ def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolde
         with _led(run, teacher) as spread:
             measured = measure(heldout, subjects, spec.micro_batch, cpus, spread)
         for name in subjects:
-            stage.figures |= {f"{name}/{figure}": value for figure, value in measured.figures[name].items()}
+            figures = measured.figures[name]
+            stage.figures |= {f"{name}/{figure}": value for figure, value in figures.items() if math.isfinite(value)}
+            if math.isinf(figures["heldout_ppl"]):
+                ce = figures["heldout_ce_nats"]
+                run.warn(f"evaluate: the perplexity of the {name} is infinite: its cross entropy is {ce:.3g} nats a token")
     return measured
 
 
@@ -137,13 +142,13 @@ def _throughput(run: Run, labels: Labelled, training: Mapping[str, float]) -> di
     }
 
 
-def export(run: Run, student: ModelFolder, report: dict[str, Any]) -> None:
+def export(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolder, report: dict[str, Any]) -> None:
     """The student as a Hugging Face folder."""
-    from orchestrator.export.folder import export_model
+    from orchestrator.export.folder import Release, export_model
 
     target = run.job.export.directory or run.store.address(f"{run.directory.key}/export")
     with run.stage("export", student.manifest.content):
-        export_model(student.path, target, report, run.job.export.mtp == "keep")
+        export_model(Release(run.job, run.store, tokens, teacher, student, report), target)
 
 
 def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[str, Any]:

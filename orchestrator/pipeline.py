@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator import labelling, outcome, steps
+from orchestrator.checks.check import check
 from orchestrator.display import Display
 from orchestrator.plan.make import Plan
 from orchestrator.run import open_run
@@ -16,8 +17,12 @@ def run(plan: Plan, display: Display | None = None) -> dict[str, Any]:
     Every stage whose result is in the storage already is reused. Raises a `DistillError` for whatever a user can mend;
     what has been committed by then stays, and running again goes on from there.
     """
+    checked = check(plan)
+    checked.refuse()
     steps.check_models(plan.job)
     with open_run(plan, display or Display()) as run:
+        for warning in checked.warnings:
+            run.warn(warning)
         steps.check_cluster(run)
         teacher = steps.fetch_teacher(run)
         tokens = steps.tokenize(run, teacher)
@@ -30,5 +35,5 @@ def run(plan: Plan, display: Display | None = None) -> dict[str, Any]:
             baseline = work.start(steps.train_baseline, run, tokens, demand.student, after=labels)
         measured = outcome.evaluate(run, tokens, teacher, student.result(), baseline.result())
         report = outcome.compose(run, tokens, labels.result(), student.result(), measured)
-        outcome.export(run, student.result(), report)
+        outcome.export(run, tokens, teacher, student.result(), report)
         return outcome.write_report(run, report, measured)

@@ -9,18 +9,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from orchestrator.checks.check import check_models as look_at_models
+from orchestrator.checks.check import refuse_first
 from orchestrator.data.prepare import identify_corpus, prepare_tokens, prepared_tokens
 from orchestrator.errors import SpecError
+from orchestrator.models.tokenizer import tokenizer_identity
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
 from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.run import Run
 from orchestrator.runtime.session import check_resources
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher
+from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, PrunedStudent, TransformersTeacher
 from orchestrator.store.records import ModelFolder, Tokens, finished_model
 from orchestrator.student.job import Initial, TrainingJob
 
@@ -56,6 +60,9 @@ def fetch_teacher(run: Run) -> ModelFolder | None:
 
     with run.stage("teacher", fingerprint("teacher", spec)) as stage:
         teacher = fetch_teacher(run.store, spec)
+        if isinstance(spec, TransformersTeacher):
+            _tell_ignored_weights(run, "teacher.path", teacher.path)
+        refuse_first(look_at_models(_with_folder(run.job, teacher)))
         if spec.shards > 1:
             from orchestrator.models.build import outline
             from orchestrator.models.sharded import check_shards
@@ -65,9 +72,15 @@ def fetch_teacher(run: Run) -> ModelFolder | None:
     return teacher
 
 
+def _with_folder(job: Job, teacher: ModelFolder) -> Job:
+    """`job` with its teacher where it is now: what was not known of it before it was fetched."""
+    local = TransformersTeacher(kind="transformers", path=str(teacher.path))
+    return job.model_copy(update={"teacher": local})
+
+
 def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:
     """Token shards of the corpus, in the teacher's tokenizer if there is a teacher."""
-    identity = "" if teacher is None else teacher.manifest.files["tokenizer.json"].sha256
+    identity = "" if teacher is None else tokenizer_identity(teacher.manifest.files)
     corpus = identify_corpus(run.job.data, None if teacher is None else teacher.address, identity)
     source = run.job.data.source
     lineage = {"name": source.kind, "digest": corpus.key, "source": source.model_dump_json()}
@@ -78,6 +91,11 @@ def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:
         else:
             stage.reuse()
         stage.figures |= {"documents": manifest.documents, "rows": sum(manifest.shard_rows)}
+    if manifest.special_documents and run.job.data.special_tokens_in_text == "encode_as_text":
+        run.warn(
+            f"{manifest.special_documents} documents contain the text of a special token; it was encoded as text "
+            "(data.special_tokens_in_text: allow makes it that token)"
+        )
     return Tokens(corpus.folder, manifest)
 
 
@@ -102,6 +120,8 @@ def prepare_student(run: Run, tokens: Tokens, teacher: ModelFolder) -> Model | I
     from orchestrator.student.initial import Origin, finished_initial, make_initial
 
     origin = Origin(run.store, student, teacher, run.job.seed, f"{tokens.folder}/train", tokens.manifest)
+    if not isinstance(student, PrunedStudent):
+        _tell_ignored_weights(run, "student.path", origin.folder)
     with run.stage("initial", origin.key, {"student": student}) as stage:
         initial = finished_initial(origin)
         if initial is None:
@@ -109,6 +129,15 @@ def prepare_student(run: Run, tokens: Tokens, teacher: ModelFolder) -> Model | I
         else:
             stage.reuse()
     return initial
+
+
+def _tell_ignored_weights(run: Run, key: str, folder: Path) -> None:
+    """Warn of files beside the weights in `folder` that look like weights, but are none of its model's."""
+    from orchestrator.models.hub import ignored_weights
+
+    ignored = ignored_weights(folder)
+    if ignored:
+        run.warn(f"{key}: {', '.join(ignored)} in {folder} is not among the weights of its model and was ignored")
 
 
 def train_student(run: Run, tokens: Tokens, student: TrainingJob) -> ModelFolder:

@@ -17,8 +17,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from orchestrator.spec.data import Data, TextSource, TrainTokenizer
+from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import TokenManifest
+from tests.label_logs import IDENTITY
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job, and then in all it starts
 
@@ -29,6 +31,18 @@ settings.register_profile(
     "shared", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 settings.load_profile("shared")
+
+
+TESTS = Path(__file__).parent
+DEEP = {"parity", "faults", "e2e"}
+"""Layers that take minutes: `make test` runs what they mark as `slice`, `make check` the rest."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(TESTS).parts[0] in DEEP and not item.get_closest_marker("slice"):
+            item.add_marker("deep")
 
 
 def pytest_report_header() -> str:
@@ -45,6 +59,12 @@ def seed() -> int:
 @pytest.fixture
 def store(tmp_path: Path) -> LocalStore:
     return LocalStore(tmp_path / "store")
+
+
+@pytest.fixture
+def log(store: LocalStore) -> LabelLog:
+    """An empty label log."""
+    return LabelLog.open(store, IDENTITY)
 
 
 @pytest.fixture(scope="session")

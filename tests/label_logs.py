@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.errors import IntegrityError
 from orchestrator.store.label_log import LabelLog
+from orchestrator.store.label_repair import examine
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import ShardRecord, TokenManifest
 from orchestrator.store.shards import TokenShard
@@ -39,6 +41,14 @@ def labels_of(tokens: TokenShard, salt: int = 0) -> Labels:
         "ids@1": [row.tobytes() for row in ids],
         "counts@1": [row.tobytes() for row in counts],
     }
+
+
+def verified(log: LabelLog) -> list[tuple[int, ShardRecord]]:
+    """All shards of a log that is intact; raises `IntegrityError` for the first loss."""
+    intact, losses = examine(log)
+    for loss in losses:
+        raise IntegrityError(loss.problem)
+    return list(intact.items())
 
 
 def manifest_of(shards: list[TokenShard]) -> TokenManifest:

@@ -2,196 +2,70 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import logging
+import shlex
 import sys
 import traceback
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from orchestrator.cli.cluster import cluster_app
-from orchestrator.cli.options import AsJson, JobFile, Overrides
-from orchestrator.errors import DistillError, Terminated, find_user_error
+from orchestrator.cli.dashboards import dashboards_app
+from orchestrator.cli.experiments import experiments_app
+from orchestrator.cli.init import init
+from orchestrator.cli.labels import labels_app
+from orchestrator.cli.run import run_app
+from orchestrator.cli.usage import Interrupted, explain, group
+from orchestrator.errors import DistillError, Terminated, find_user_error, one_line
 
-app = typer.Typer(
-    name="distill",
-    help="Distil language models: a teacher pool writes soft labels, students learn from them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-labels_app = typer.Typer(help="Look into a label log.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(labels_app, name="labels")
+app = group("distill", "Distil language models: a teacher pool writes soft labels, students learn from them.")
+app.command()(init)
+app.add_typer(run_app)
+app.add_typer(experiments_app)
+app.add_typer(labels_app)
 app.add_typer(cluster_app)
-dashboards_app = typer.Typer(help="Watch runs in Grafana.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(dashboards_app, name="dashboards")
+app.add_typer(dashboards_app)
 
 
-@app.command()
-def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False, dry_run: bool = False) -> None:
-    """Run a job here, or continue it; finished stages are reused."""
-    from orchestrator.plan.explain import explain
-    from orchestrator.plan.make import make_plan
-    from orchestrator.spec.load import load_job
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from orchestrator.runtime.versions import own_version
 
-    plan = make_plan(load_job(job, overrides or []))
-    if dry_run:
-        print(explain(plan))
-        return
-    from orchestrator.api import run as run_plan
-
-    with contextlib.redirect_stdout(sys.stderr):  # Ray prints its warnings to stdout
-        report = run_plan(plan)
-    if as_json:
-        print(json.dumps(report))
-    else:
-        from orchestrator.report.build import verdict
-
-        print(verdict(report))
+        print(f"distill {own_version()}")
+        raise typer.Exit
 
 
-@app.command()
-def plan(
-    job: JobFile,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    cluster: Annotated[str | None, typer.Option(help="What it would take there: 128xH100, or 16x8xH100 by nodes.")] = None,
-    price: Annotated[float | None, typer.Option(help="Of one device for an hour, with --cluster.")] = None,
-    tflops: Annotated[
-        tuple[float, float] | None, typer.Option(help="Measured TFLOP/s of a device: training the student, labelling.")
-    ] = None,
-    calibrate: Annotated[bool, typer.Option(help="Measure these rates here first, with --cluster; half a minute.")] = False,
+@app.callback()
+def distill(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    """Show what a job will do: stages, batch algebra, memory, label bytes, DeepSpeed configuration."""
-    from orchestrator.plan.explain import as_dict, explain
-    from orchestrator.plan.make import make_plan
-    from orchestrator.spec.load import load_job
-
-    made = make_plan(load_job(job, overrides or []))
-    if cluster is not None:
-        from orchestrator.plan.capacity import capacity, given_rates
-
-        rates = given_rates(tflops) if tflops else None
-        if calibrate:
-            from orchestrator.calibration import calibrated
-
-            with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints to stdout
-                rates = calibrated(made.job)
-        print("\n".join(capacity(made, cluster, price, rates)))
-        return
-    print(json.dumps(as_dict(made), indent=1) if as_json else explain(made))
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON schema of a job file, for editors."""
-    from orchestrator.spec.load import job_schema
-
-    print(json.dumps(job_schema(), indent=1))
-
-
-@app.command()
-def report(
-    run_directory: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")], as_json: AsJson = False
-) -> None:
-    """Print the summary of a finished run."""
-    from orchestrator.errors import SpecError
-    from orchestrator.store.files import open_store
-
-    name = "report.json" if as_json else "summary.md"
-    try:
-        print(open_store(run_directory).read(name).decode(), end="")
-    except FileNotFoundError:
-        raise SpecError(f"{run_directory}: no {name} there; the run has not finished or is elsewhere") from None
-
-
-@labels_app.command("inspect")
-def labels_inspect(
-    path: Annotated[str, typer.Argument(help="Label log: STORAGE/labels/KEY.")], as_json: AsJson = False
-) -> None:
-    """Show what a label log holds, what each column costs, and the entropy of what is in it."""
-    from dataclasses import asdict
-
-    from orchestrator.labels.inspect import label_costs
-
-    log = _open_log(path)
-    shards = [(s, r) for s, r in log.all_committed()]
-    rows, size = sum(r.rows for _, r in shards), sum(r.bytes for _, r in shards)
-    facts: dict[str, Any] = {"key": log.key, "shards": len(shards), "rows": rows, "bytes": size, "identity": log.identity()}
-    costs = label_costs(log)
-    facts["bytes_per_token"] = asdict(costs)
-    if as_json:
-        print(json.dumps(facts))
-    else:
-        print(f"{log.key}: {len(shards)} shards, {rows:,} rows, {size:,} bytes")
-        print(json.dumps(facts["identity"], indent=1))
-        print("bytes per token:")
-        for name, value in costs.columns.items():
-            print(f"  {value:9.3f}  {name}")
-        for name, value in costs.bounds.items():
-            print(f"  {value:9.3f}  entropy bound of {name}")
-        for name, value in costs.unique_ids.items():
-            print(f"  {value:9.2f}  unique ids at temperature {name}")
-
-
-@labels_app.command("verify")
-def labels_verify(path: Annotated[str, typer.Argument(help="Label log: STORAGE/labels/KEY.")]) -> None:
-    """Read every shard of a label log and check every byte; exit code 5 names the first damaged shard."""
-    found = _open_log(path).verify()
-    print(f"{len(found)} shards, {sum(r.rows for _, r in found):,} rows: intact")
-
-
-@dashboards_app.command("install")
-def dashboards_install(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; what an earlier version wrote is replaced.")],
-    discovery: Annotated[Path | None, typer.Option(help="Ray's list of nodes, as Prometheus will see the file.")] = None,
-    prometheus: Annotated[str | None, typer.Option(help="Address of Prometheus, as Grafana will see it.")] = None,
-) -> None:
-    """Write Grafana's dashboards and provisioning, and Prometheus' configuration and alert rules."""
-    from orchestrator.monitoring.install import DISCOVERY, PROMETHEUS_URL, install
-
-    for path in install(folder, discovery or DISCOVERY, prometheus or PROMETHEUS_URL):
-        print(path)
-
-
-def _open_log(path: str) -> Any:
-    from orchestrator.errors import SpecError
-    from orchestrator.store.files import open_store
-    from orchestrator.store.label_log import LabelLog
-
-    address = open_store(path).address()
-    root, _, key = address.rpartition("/labels/")
-    if not root or "/" in key or not open_store(address).exists("key.json"):
-        raise SpecError(f"{path}: not a label log (STORAGE/labels/KEY)")
-    return LabelLog(open_store(root), key)
+    """Distil language models: a teacher pool writes soft labels, students learn from them."""
 
 
 def main() -> None:
     """Run the command and end with the exit code that the contract gives its outcome."""
+    args = sys.argv[1:]
+    again = shlex.join(["distill", *args])
     try:
-        sys.exit(app(standalone_mode=False))
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("interrupted; run the same job again to continue", file=sys.stderr)
+        sys.exit(app(args, prog_name="distill", standalone_mode=False))
+    except (KeyboardInterrupt, Interrupted, typer.Abort):
+        _say(f"interrupted; what is finished is kept, to go on: {again}")
         sys.exit(130)
     except Terminated:
-        print("terminated; run the same job again to continue", file=sys.stderr)
+        _say(f"terminated; what is finished is kept, to go on: {again}")
         sys.exit(143)
+    except typer.TyperException as error:
+        _say(explain(error, app, args))
+        sys.exit(2)
     except Exception as error:
         sys.exit(_explain(error))
 
 
 def _explain(error: Exception) -> int:
     """Print `error` as a user should see it; returns the exit code."""
-    import click
-
-    if isinstance(error, click.ClickException):
-        print(f"distill: {error.format_message()}", file=sys.stderr)
-        return 2
     known: DistillError | None = find_user_error(error)
     if known is None and "ray" in sys.modules:
         from orchestrator.errors import ResumableError
@@ -200,6 +74,12 @@ def _explain(error: Exception) -> int:
         known = ResumableError(f"cluster lost; run the same job again to resume: {error}") if lost_cluster(error) else None
     if known is None:
         traceback.print_exception(error)
+        _say("the above is a fault of this program, please report it; what is finished is kept, and can be gone on with")
         return 1
-    print(f"distill: {known}", file=sys.stderr)
+    logging.getLogger("orchestrator").debug("how it came to this", exc_info=error)
+    _say(str(known))
     return known.exit_code
+
+
+def _say(text: str) -> None:
+    print(f"distill: {one_line(text)}", file=sys.stderr)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.options import AsJson, JobFile, Overrides
+from orchestrator.cli.options import AsJson, JobFile, Overrides, Quiet, Verbose
+from orchestrator.cli.usage import group
 from orchestrator.errors import EnvironmentFault, SpecError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 WATCH_EVERY_S = 5.0
 
-cluster_app = typer.Typer(rich_markup_mode=None)
+cluster_app = group()
 
 Address = Annotated[
     str | None, typer.Option(help="Ray's job server, host:port or URL; default: $RAY_API_SERVER_ADDRESS, or this machine's.")
@@ -113,6 +114,8 @@ def doctor(
     job: Annotated[Path | None, typer.Argument(metavar="[JOB]", help="Look at what this job needs, too.")] = None,
     overrides: Overrides = None,
     address: Address = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what is there and what is missing; with --address, on that cluster too. Exit code 4 if something is missing."""
     from orchestrator.doctor import Finding, examine, examine_server

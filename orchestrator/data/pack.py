@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from orchestrator.data.sources import Document, Piece, read_piece
-from orchestrator.data.tokenizer import TokenizerFacts, decode_document
+from orchestrator.data.split import heldout_draw, is_heldout
+from orchestrator.data.tokenizer import TokenizerFacts, decode_document, special_tokens
+from orchestrator.errors import DataError
 from orchestrator.plan.order import shuffled
 from orchestrator.spec.data import Data
 from orchestrator.store.files import Store
@@ -35,6 +37,8 @@ class PackedPiece(Record):
     dropped_tokens: int
     targets: int
     """Training positions that are learnt from."""
+    special_documents: int = 0
+    """Documents that contain the text of a special token."""
 
 
 @dataclass
@@ -119,15 +123,16 @@ def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: Token
     if done is not None:
         return done
     train, heldout = _Windows(data.seq_len, facts), _Windows(data.seq_len, facts)
-    skipped = cut = 0
+    skipped = cut = special = 0
     most = HELDOUT_WINDOWS_PER_DOCUMENT * data.seq_len
     tokenizer = store.local(f"{folder}/tokenizer") / "tokenizer.json"
     for document in _tokenized(data, piece, tokenizer):
         if document is None:
             skipped += 1
             continue
+        special += document.special
         name, ids = f"{document.content}:{document.name}", document.ids
-        if _is_heldout(document.content, data):
+        if is_heldout(heldout_draw(document.content, data.seed), data.heldout_fraction):
             heldout.add(name, ids[:most], document.context)
             cut += len(ids[most:])
         else:
@@ -140,6 +145,7 @@ def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: Token
         skipped_documents=skipped,
         dropped_tokens=train.dropped + heldout.dropped + cut,
         targets=train.targets,
+        special_documents=special,
     )
     store.put_if_absent(key, packed.model_dump_json().encode())
     return packed
@@ -153,6 +159,8 @@ class _Tokenized(NamedTuple):
     """Hex SHA-256."""
     ids: list[int]
     context: int
+    special: bool
+    """Whether the text contains that of a special token."""
 
 
 def _tokenized(data: Data, piece: Piece, tokenizer_file: Path) -> Iterator[_Tokenized | None]:
@@ -162,6 +170,8 @@ def _tokenized(data: Data, piece: Piece, tokenizer_file: Path) -> Iterator[_Toke
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = data.special_tokens_in_text != "allow"
+    special = special_tokens(tokenizer)
     for group in _groups(read_piece(data.source, piece)):
         # A prompt is encoded by itself, so that no token stands across the place where learning begins.
         decoded = [(decode_document(data, d.name, d.prompt), decode_document(data, d.name, d.text)) for d in group]
@@ -171,9 +181,13 @@ def _tokenized(data: Data, piece: Piece, tokenizer_file: Path) -> Iterator[_Toke
             if both is None:
                 yield None
                 continue
+            here = special.search(both[0] or "") or special.search(both[1] or "")
+            if here and data.special_tokens_in_text == "error":
+                ways = "data.special_tokens_in_text: encode_as_text | allow"
+                raise DataError(f"{document.name}: contains the special token {here[0]} ({ways})")
             prompt, text = next(encoded).ids, next(encoded).ids
             content = hashlib.sha256(document.prompt + document.text).hexdigest()
-            yield _Tokenized(document.name, content, prompt + text, len(prompt))
+            yield _Tokenized(document.name, content, prompt + text, len(prompt), here is not None)
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -185,12 +199,6 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
             group = []
     if group:
         yield group
-
-
-def _is_heldout(content: str, data: Data) -> bool:
-    """By content alone: the split does not depend on where a corpus lies, and copies of a text stay on one side."""
-    draw = hashlib.sha256(f"{data.seed}:{content}".encode()).digest()
-    return int.from_bytes(draw[:8], "big") < data.heldout_fraction * 2**64
 
 
 def _row_id(document: str, position: int) -> bytes:

@@ -8,9 +8,11 @@ from typing import Any
 import ray
 
 from orchestrator.data.pack import PackedPiece, pack_piece
+from orchestrator.data.sample import read_sample, too_small
 from orchestrator.data.sources import Piece, corpus_listing, list_pieces
-from orchestrator.data.tokenizer import TokenizerFacts, copy_tokenizer, tokenizer_facts, train_tokenizer
+from orchestrator.data.tokenizer import TokenizerFacts, tokenizer_facts, train_tokenizer
 from orchestrator.errors import DataError
+from orchestrator.models.tokenizer import copy_tokenizer
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.runtime.environment import limit_threads
 from orchestrator.runtime.session import quiet_ray_data
@@ -53,12 +55,22 @@ def prepare_tokens(store: Store, corpus: Corpus) -> TokenManifest:
     facts: TokenizerFacts = ray.get(_tokenizer_task.remote(store, corpus, pieces))
     packed = _pack_all(store, corpus, pieces, facts)
     manifest = token_manifest(corpus.key, corpus.data, facts, packed)
-    for part, shards in (("training", manifest.train), ("held-out", manifest.heldout)):
-        if not shards:
-            count = manifest.documents if part == "training" else manifest.heldout_documents
-            raise DataError(f"data.source: {count} {part} documents do not fill one window of {manifest.seq_len} tokens")
+    if not manifest.train or not manifest.heldout:
+        raise _too_small(corpus.data, manifest)
     manifest.save(store, f"{corpus.folder}/{MANIFEST}")
     return manifest
+
+
+def _too_small(data: Data, manifest: TokenManifest) -> DataError:
+    """The error for a corpus that does not fill a window on both sides, by what its documents turned out to hold."""
+    sample = read_sample(data)
+    if sample is None or not sample.whole:
+        return DataError(
+            f"data.heldout_fraction: {data.heldout_fraction:g} keeps {manifest.heldout_documents} documents for evaluation and "
+            f"{manifest.documents} for training; both must fill one window of {data.seq_len} tokens"
+        )
+    tokens = manifest.dropped_tokens + data.seq_len * sum(record.rows for record in (*manifest.train, *manifest.heldout))
+    return too_small(data, sample.about(data.seed, sample.size / tokens))
 
 
 def token_manifest(key: str, data: Data, facts: TokenizerFacts, packed: list[PackedPiece]) -> TokenManifest:
@@ -75,6 +87,7 @@ def token_manifest(key: str, data: Data, facts: TokenizerFacts, packed: list[Pac
         heldout_documents=sum(p.heldout_documents for p in packed),
         skipped_documents=sum(p.skipped_documents for p in packed),
         dropped_tokens=sum(p.dropped_tokens for p in packed),
+        special_documents=sum(p.special_documents for p in packed),
         target_share=sum(p.targets for p in packed) / max(1, rows * data.seq_len),
     )
 

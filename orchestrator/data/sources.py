@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import itertools
 import json
+import os
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from orchestrator.spec.data import Data, DatasetSource, JsonlSource, ParquetSour
 
 PIECE_BYTES = 16 << 20
 PIECE_ROWS = 16_384
+MOST_NAMED = 8
+"""Columns that a message lists."""
 
 
 class Document(NamedTuple):
@@ -101,7 +104,9 @@ def _read_jsonl(source: JsonlSource, piece: Piece) -> Iterator[Document]:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not a JSON line: {error}") from error
-            yield _document(where, value if isinstance(value, dict) else {}, source.field, source.prompt)
+            if not isinstance(value, dict):
+                raise DataError(f"{where}: not a JSON object with fields, but {_kind(value)}")
+            yield _document(where, value, ("field", source.field), source.prompt)
 
 
 def _read_parquet(source: ParquetSource, piece: Piece) -> Iterator[Document]:
@@ -110,17 +115,17 @@ def _read_parquet(source: ParquetSource, piece: Piece) -> Iterator[Document]:
     ((path, name),) = piece.files
     with _readable_parquet(path):
         file = pq.ParquetFile(path)
-        columns = _columns(name, source.column, source.prompt, file.schema_arrow.names)
+        columns = _columns(name, source, file.schema_arrow.names)
         rows = (row for batch in file.iter_batches(batch_size=1024, columns=columns) for row in batch.to_pylist())
         for index, row in enumerate(itertools.islice(rows, piece.first, piece.last), piece.first):
-            yield _document(f"{name} row {index}", row, source.column, source.prompt)
+            yield _document(f"{name} row {index}", row, ("column", source.column), source.prompt)
 
 
 def _read_dataset(source: DatasetSource, piece: Piece) -> Iterator[Document]:
     data = _dataset(source)
-    _columns(source.name, source.column, source.prompt, data.column_names)
+    _columns(source.name, source, data.column_names)
     for row in range(piece.first, piece.last):
-        yield _document(f"{source.name} row {row}", data[row], source.column, source.prompt)
+        yield _document(f"{source.name} row {row}", data[row], ("column", source.column), source.prompt)
 
 
 READERS: dict[str, Callable[[Any, Piece], Iterator[Document]]] = {
@@ -136,9 +141,7 @@ def _files(source: Source) -> list[tuple[str, str]]:
     """(path, name) of every file of a file-based source, sorted by name."""
     if isinstance(source, StdlibSource):
         root = Path(sysconfig.get_paths()["stdlib"])
-        left_out = {"site-packages", "test", "tests", "__pycache__", "lib2to3", "idlelib"}
-        found = [p for p in root.rglob("*.py") if not left_out.intersection(p.relative_to(root).parts)]
-        return sorted((str(p), str(p.relative_to(root))) for p in found)
+        return sorted((str(p), str(p.relative_to(root))) for p in _python_files(root))
     assert not isinstance(source, DatasetSource)
     paths: set[str] = set()
     for pattern in source.paths:
@@ -148,6 +151,13 @@ def _files(source: Source) -> list[tuple[str, str]]:
             raise DataError(f"data.source.paths: no file matches {pattern}")
         paths.update(matches)
     return sorted((str(Path(p).absolute()), p) for p in paths)
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    """The library's own sources; what others installed there is not even looked at."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - {"site-packages", "test", "tests", "__pycache__", "lib2to3", "idlelib"}
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _grouped(files: Sequence[tuple[str, str]], seed: int) -> list[Piece]:
@@ -167,23 +177,42 @@ def _ranges(size: int, step: int) -> list[tuple[int, int]]:
     return [(a, min(a + step, size)) for a in range(0, size, step)]
 
 
-def _columns(name: str, text: str, prompt: str | None, present: Sequence[str]) -> list[str]:
+def _columns(name: str, source: ParquetSource | DatasetSource, present: Sequence[str]) -> list[str]:
     """The columns to read; raises `DataError` for one that is not there."""
-    wanted = [text] if prompt is None else [text, prompt]
-    for column in wanted:
+    wanted = {"column": source.column} | ({"prompt": source.prompt} if source.prompt else {})
+    for key, column in wanted.items():
         if column not in present:
-            raise DataError(f"{name}: no column {column!r}, there are {', '.join(present)}")
-    return wanted
+            raise DataError(f"{name}: no column {column!r}; set data.source.{key} to one of {', '.join(present[:MOST_NAMED])}")
+    return list(wanted.values())
 
 
-def _document(where: str, row: Mapping[str, Any], text: str, prompt: str | None) -> Document:
-    return Document(where, _text(row.get(text), where, text), _text(row.get(prompt), where, prompt) if prompt else b"")
+def _document(where: str, row: Mapping[str, Any], text: tuple[str, str], prompt: str | None) -> Document:
+    """The document of `row`; `text` is the key of the job file that names its field, and that field."""
+    before = _text(where, row, "prompt", prompt) if prompt else b""
+    return Document(where, _text(where, row, *text), before)
 
 
-def _text(value: Any, where: str, field: str) -> bytes:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {field!r} is {type(value).__name__}, not text")
-    return value.encode("utf-8", errors="surrogatepass")
+def _text(where: str, row: Mapping[str, Any], key: str, field: str) -> bytes:
+    value = row.get(field)
+    if isinstance(value, str):
+        return value.encode("utf-8", errors="surrogatepass")
+    if field in row and value is None:
+        raise DataError(f"{where}: {field!r} is null; take such rows out, or give them a text")
+    found = f"{field!r} is {_kind(value)}, not text" if field in row else f"no {field!r}"
+    texts = [name for name, other in row.items() if isinstance(other, str)][:MOST_NAMED]
+    hint = f"set data.source.{key} to one of {', '.join(texts)}" if texts else "write what is to be learnt as one text"
+    chat = " (the tokenizer's apply_chat_template makes one of messages)" if _is_chat(value) else ""
+    raise DataError(f"{where}: {found}; {hint}{chat}")
+
+
+def _kind(value: Any) -> str:
+    """The type of a JSON value in words."""
+    names = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "content" in value[0]
 
 
 def _parquet_rows(path: str) -> int:

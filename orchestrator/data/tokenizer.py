@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import shutil
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.data.sources import Piece, read_piece
 from orchestrator.errors import DataError
 from orchestrator.spec.data import Data, TrainTokenizer
 from orchestrator.store.files import sha256_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 64 << 20
@@ -32,28 +36,36 @@ class TokenizerFacts:
 
 def train_tokenizer(data: Data, spec: TrainTokenizer, pieces: Sequence[Piece], folder: Path) -> None:
     """Train a byte-level BPE on the first `TRAINING_BYTES` of the corpus and save it to `folder`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
+    tokenizer = train_bpe(_sample(data, pieces), spec.vocab_size)
+    check_yield(tokenizer, spec)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    wrapped.save_pretrained(folder)
+
+
+def check_yield(tokenizer: Tokenizer, spec: TrainTokenizer) -> None:
+    """Raise `DataError` if the corpus was too small for the vocabulary that `spec` asks for."""
+    found = tokenizer.get_vocab_size()
+    if found != spec.vocab_size:
+        raise DataError(
+            f"data.tokenizer.vocab_size: the corpus yields only {found} entries, not {spec.vocab_size}; set it to {found}"
+        )
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE (of `tokenizers`) of `vocab_size` ids, or of as many as `texts` yield."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=spec.vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_sample(data, pieces), trainer)
-    if tokenizer.get_vocab_size() != spec.vocab_size:
-        raise DataError(
-            f"data.tokenizer.vocab_size: the corpus yields only {tokenizer.get_vocab_size()} entries, not {spec.vocab_size}"
-        )
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-    wrapped.save_pretrained(folder)
-
-
-def copy_tokenizer(model: Path, folder: Path) -> None:
-    """Bring the tokenizer of a model folder into `folder`: all of it but the weights."""
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*", "*.gguf"), dirs_exist_ok=True)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def tokenizer_facts(folder: Path) -> TokenizerFacts:
@@ -68,6 +80,12 @@ def tokenizer_facts(folder: Path) -> TokenizerFacts:
         bos=first if first == tokenizer.bos_token_id else None,
         separator=tokenizer.eos_token_id,
     )
+
+
+def special_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Finds the text of a special token; nothing where `tokenizer` has none."""
+    texts = [re.escape(token.content) for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    return re.compile("|".join(sorted(texts, key=len, reverse=True)) or r"(?!)")
 
 
 def decode_document(data: Data, name: str, raw: bytes) -> str | None:

@@ -25,6 +25,7 @@ from orchestrator.evaluate.tokens import Against, by_token
 from orchestrator.labels.answer import Answer
 from orchestrator.models.build import device, load_model, outline
 from orchestrator.models.head import last_hidden, output_head
+from orchestrator.models.hub import weight_files
 from orchestrator.models.mtp import load_mtp
 from orchestrator.models.router import active_parameters
 from orchestrator.plan.memory import head_rows
@@ -53,7 +54,7 @@ class Subject:
     @property
     def size_bytes(self) -> int:
         """Of the model's weights, without multi-token-prediction modules beside it."""
-        return sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+        return sum(file.stat().st_size for file in weight_files(self.folder))
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def _figures(name: str, sums: _Sums, model: PreTrainedModel, subject: Subject) -
         "params": params,
         "active_params": active_parameters(model),
         "heldout_ce_nats": ce,
-        "heldout_ppl": math.exp(ce),
+        "heldout_ppl": perplexity(ce),
         "top1_accuracy": sums.correct / sums.positions,
         "tokens_per_s": sums.positions / sums.seconds,
         "size_bytes": subject.size_bytes,
@@ -256,6 +257,14 @@ def _figures(name: str, sums: _Sums, model: PreTrainedModel, subject: Subject) -
         figures["kl_to_teacher_nats"] = float(torch.cat(sums.kl).mean())
         figures["top1_agreement"] = float(torch.cat(sums.agree).double().mean())
     return figures
+
+
+def perplexity(ce: float) -> float:
+    """exp(ce), infinite where a float cannot hold it: of a broken model whose cross entropy is still finite."""
+    try:
+        return math.exp(ce)
+    except OverflowError:
+        return math.inf
 
 
 def _ahead(model: PreTrainedModel, folder: Path, windows: torch.Tensor, micro_batch: int) -> dict[str, float]:

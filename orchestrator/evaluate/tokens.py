@@ -45,10 +45,10 @@ def by_token(entropy: Floats, models: Mapping[str, Against]) -> dict[str, Any]:
 def kl_histogram(kl_nats: Mapping[str, Floats]) -> dict[str, list[float]]:
     """Tokens by KL: `edges_nats` [bins + 1], equally far apart on a logarithmic scale but for the first, 0, and counts [bins]
     of each model by name, which sum to its positions."""
-    largest = max(float(values.max()) for values in kl_nats.values())
+    largest = max(float(values[np.isfinite(values)].max(initial=0.0)) for values in kl_nats.values())
     first, last = (round(BINS_PER_DECADE * math.log10(v)) for v in (SMALLEST_NATS, max(largest, 10 * SMALLEST_NATS)))
     edges = np.array([0.0, *(10 ** (i / BINS_PER_DECADE) for i in range(first, last + 2))])
-    counts = {name: np.histogram(np.maximum(values, 0.0), edges)[0] for name, values in kl_nats.items()}
+    counts = {name: np.histogram(np.clip(values, 0.0, edges[-1]), edges)[0] for name, values in kl_nats.items()}
     return {"edges_nats": edges.tolist(), **{name: c.tolist() for name, c in counts.items()}}
 
 

@@ -1,64 +1,35 @@
-"""Export: the student as a Hugging Face folder with a model card."""
+"""Export: the student as a Hugging Face folder that generates by itself, with a model card."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from orchestrator.errors import EnvironmentFault
+from orchestrator.export.card import model_card
+from orchestrator.export.release import Release, beside, sources_of
+from orchestrator.models.generation import GENERATION, check_folder, complete_folder
+from orchestrator.models.hub import CARD
 from orchestrator.store.files import open_store, storage_faults
 
 MTP = "mtp"
 
 
-def export_model(model: Path, target: str, report: dict[str, Any], keep_mtp: bool) -> None:
-    """Copy the model folder to the address `target` with a card made of `report`; an earlier export stays until all is there.
+def export_model(release: Release, target: str) -> None:
+    """Write the student of `release` with its card to the address `target`; an earlier export stays until all is there.
 
-    `keep_mtp` keeps multi-token-prediction modules, if there are any, beside the model.
-
-    Raises `EnvironmentFault` if `target` cannot be written or holds something that is no model.
+    Tokenizer, chat template and generation settings are those that the teacher has now. Raises `EnvironmentFault` if `target`
+    cannot be written or holds something that is no model, and `IntegrityError` for a model that does not fit its tokenizer.
     """
-    store = open_store(target)
+    store, job = open_store(target), release.job
     if Path(target).expanduser().is_symlink() or (store.exists("") and not store.exists("config.json")):
         raise EnvironmentFault(f"export.directory: {target} exists and is not a model folder; it is left alone")
+    settings = json.loads(beside(release.teacher, GENERATION) or "{}")
     with store.folder_for("") as built, storage_faults(built):
-        shutil.copytree(model, built, ignore=None if keep_mtp else shutil.ignore_patterns(MTP), dirs_exist_ok=True)
-        (built / "README.md").write_text(model_card(report))
-
-
-def model_card(report: dict[str, Any]) -> str:
-    """Markdown card: what was distilled from what, and what was measured."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [distillation]",
-        "---",
-        "",
-        f"# {report['name']}",
-        "",
-        f"A student distilled from `{report['labels']['kind']}` soft labels of a teacher with "
-        f"{report['teacher']['params']:,} parameters, seed {report['seed']}.",
-        "",
-        "| model | parameters | held-out CE (nats) | perplexity | top-1 accuracy |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for name in ("teacher", "student", "baseline"):
-        figures = report.get(name)
-        if figures:
-            lines.append(
-                f"| {name} | {figures['params']:,} | {figures['heldout_ce_nats']:.4f} | "
-                f"{figures['heldout_ppl']:.2f} | {figures['top1_accuracy']:.4f} |"
-            )
-    gap = report["gap_recovered"]
-    if gap is not None:
-        lines += ["", f"The student closes {gap:.1%} of the gap between the same model trained on hard labels and the teacher."]
-    lines += [
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        'model = AutoModelForCausalLM.from_pretrained(".")',
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+        left_out = None if job.export.mtp == "keep" else shutil.ignore_patterns(MTP)
+        shutil.copytree(release.student.path, built, ignore=left_out, dirs_exist_ok=True)
+        tokenizer = release.store.local(release.tokens.tokenizer)
+        complete_folder(built, tokenizer, release.tokens.manifest.seq_len, settings)
+        check_folder(built)
+        (built / CARD).write_text(model_card(release, sources_of(release), built), "utf-8")

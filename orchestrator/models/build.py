@@ -23,6 +23,9 @@ READ_UNDECLARED = {"head_dim"}
 def model_config(model: Model, vocab_size: int, section: str) -> PreTrainedConfig:
     """The transformers configuration of `model`; `section` names it in errors.
 
+    Its special ids are those of the class, but for padding: there is none in training, and the embedding of that id would
+    neither be drawn nor learnt. What is saved has the ids of the tokenizer.
+
     Raises `SpecError` for an unknown type, an unknown configuration key (which transformers would take silently), a
     vocabulary other than `vocab_size`, and whatever the configuration class itself refuses.
     """
@@ -41,7 +44,7 @@ def model_config(model: Model, vocab_size: int, section: str) -> PreTrainedConfi
     if hasattr(default, "num_mtp_layers"):
         values.setdefault("num_mtp_layers", 0)  # DeepSeek-V3's default claims one that no class here builds
     try:
-        return AutoConfig.for_model(model.type, **values)
+        return AutoConfig.for_model(model.type, **values | {"pad_token_id": None})
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise SpecError(f"{section}.model.config: {error}") from error
 
@@ -53,7 +56,6 @@ def build_model(model: Model, vocab_size: int, seed: int, section: str) -> PreTr
 
 def draw_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """The causal LM of `config` in fp32, drawn from `seed`."""
-    config.use_cache = False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)

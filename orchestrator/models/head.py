@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from orchestrator.errors import SpecError
 from orchestrator.losses.head import Head
 from orchestrator.models.build import draw_model, outline
+from orchestrator.models.stored import Stored, stored_tensors
 
 TRIAL_IDS, TRIAL_WIDTH = 8, 16
 
@@ -66,17 +66,24 @@ def trial_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def load_head(folder: Path, dtype: torch.dtype, on: torch.device) -> Head:
     """The head of the causal LM in `folder` alone; nothing else of the model is loaded."""
+    head, weight, bias = head_tensors(folder, "teacher")
+    read = None if bias is None else bias.read().to(on, dtype)
+    return Head(weight.read().to(on, dtype), read, head.scale, head.softcap)
+
+
+def head_tensors(folder: Path, key: str) -> tuple[Head, Stored, Stored | None]:
+    """The head of the causal LM in `folder` without values, and where its weight and its bias are stored.
+
+    Raises `SpecError` naming `key` if the weights lack one of them.
+    """
     model = outline(folder)
-    head = output_head(model)
-    names = {id(p): name for name, p in reversed([*model.named_parameters(remove_duplicate=False)])}
-    weight = _read(folder, names[id(head.weight)]).to(on, dtype)
-    bias = None if head.bias is None else _read(folder, names[id(head.bias)]).to(on, dtype)
-    return Head(weight, bias, head.scale, head.softcap)
+    head, stored = output_head(model), stored_tensors(folder, model)
 
+    def found(parameter: torch.Tensor) -> Stored:
+        names = [name for name, own in model.named_parameters(remove_duplicate=False) if own is parameter]
+        for name in names:
+            if name in stored:
+                return stored[name]
+        raise SpecError(f"{key}: {folder} holds no tensor {names[0]}")
 
-def _read(folder: Path, name: str) -> torch.Tensor:
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            if name in weights.keys():  # noqa: SIM118 — not a dict
-                return weights.get_tensor(name)
-    raise SpecError(f"teacher: {folder} holds no tensor {name}")
+    return head, found(head.weight), None if head.bias is None else found(head.bias)

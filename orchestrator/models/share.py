@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from orchestrator.errors import SpecError
 from orchestrator.models.build import draw_model
+from orchestrator.models.stored import stored_tensors
 
 Share = Callable[[PreTrainedModel], set[str]]
 """Names of the parameters that this process holds, told from a model without any; a tied one goes by its first name."""
@@ -64,11 +65,10 @@ def read_share(folder: Path, share: Share) -> PreTrainedModel:
     model = _hull(config)
     dtypes = {name: value.dtype for name, value in model.state_dict().items()}
     wanted = share(model) | _stored_buffers(model)
-    for file in _files(folder):
-        with safe_open(file, framework="pt", backend="pread") as weights:
-            for name in wanted & set(weights.keys()):
-                put(model, name, weights.get_tensor(name).to(dtypes[name]))
-                wanted.remove(name)
+    stored = stored_tensors(folder, model)
+    for name in sorted(wanted & stored.keys()):
+        put(model, name, stored[name].read().to(dtypes[name]))
+        wanted.remove(name)
     if wanted:
         raise SpecError(f"{folder}: its weights are not those of its config.json: {min(wanted)} and {len(wanted) - 1} more")
     model.tie_weights()
@@ -78,20 +78,18 @@ def read_share(folder: Path, share: Share) -> PreTrainedModel:
 
 
 def plainly_named(folder: Path) -> bool:
-    """Whether the tensors in `folder` have the names and shapes that they have in the model, and none is too many.
+    """Whether the tensors in `folder` are those of the model, one by one and in their shapes, and none is too many.
 
-    Most have. Where transformers renames, splits or merges tensors as it loads them, they are readable to it alone.
+    Most are. Where transformers splits or merges tensors as it loads them, they are readable to it alone.
     """
-    found: dict[str, list[int]] = {}
     try:
         model = _hull(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
-        for file in _files(folder):
-            with safe_open(file, framework="pt") as weights:
-                found |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 — not a dict
+        stored = stored_tensors(folder, model)
     except (ValueError, OSError, SafetensorError):
         return False
     kept = {*dict(model.named_parameters()), *_stored_buffers(model)}
-    return found == {name: list(value.shape) for name, value in model.state_dict().items() if name in kept}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name in kept}
+    return all(tensor.as_it_is for tensor in stored.values()) and shapes == {n: tensor.shape for n, tensor in stored.items()}
 
 
 def put(model: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -106,10 +104,6 @@ def put(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 def _stored_buffers(model: nn.Module) -> set[str]:
     return dict(model.named_buffers()).keys() & model.state_dict().keys()
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
 
 
 def _hull(config: PreTrainedConfig, order: list[nn.Parameter] | None = None) -> PreTrainedModel:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from orchestrator.errors import SpecError
 from orchestrator.plan.cluster import Calibration, Cluster, assumed_calibration, parse_cluster
-from orchestrator.plan.estimate import Split, Workload, advice, balanced
+from orchestrator.plan.estimate import Split, Workload, advice, balanced, rebatched
 from orchestrator.plan.layout import layout_of
-from orchestrator.plan.make import Plan, decoder_of, vocabulary
+from orchestrator.plan.make import Plan, decoder_of, student_model, teacher_model, vocabulary
 from orchestrator.plan.memory import label_bytes_per_token
 from orchestrator.plan.sizes import Decoder, with_mtp
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import CheckpointStudent, ConfigStudent, Model, PretrainTeacher, TransformersTeacher
+from orchestrator.spec.model import Model
+
+WORTH_SAYING = 1.05
+"""How much faster another batch must be."""
 
 
 def capacity(plan: Plan, cluster: str, price_per_hour: float | None, rates: Calibration | None) -> list[str]:
@@ -30,7 +32,25 @@ def capacity(plan: Plan, cluster: str, price_per_hour: float | None, rates: Cali
         return warnings
     assumed = assumed_calibration(found.device, plan.job.train.precision, plan.job.teacher.dtype)
     split = balanced(work, layout, found, rates or assumed, price_per_hour)
-    return _lines(split, found, measured=rates is not None)
+    lines = _lines(split, found, measured=rates is not None)
+    more = rebatched(work, layout, found, rates or assumed, price_per_hour)
+    if split.idle_devices and more.tokens_per_s > WORTH_SAYING * split.tokens_per_s:
+        faster = more.tokens_per_s / split.tokens_per_s
+        lines.append(f"  or use {more.used_devices}, {faster:.2g} times as fast, with {_sizes(more)}")
+    return lines
+
+
+def check_measured_here(job: Job, cluster: str, gpus: Sequence[str]) -> None:
+    """Raise `SpecError` if rates measured on this machine, which has `gpus` (by name), are not those of `cluster`'s devices."""
+    device = parse_cluster(cluster).device
+    uses_gpu = job.train.gpus_per_worker > 0
+    here = (gpus[0] if gpus else "a GPU") if uses_gpu else "CPU cores (train.gpus_per_worker 0)"
+    family = device.name.partition("-")[0]
+    if device.on_gpu != uses_gpu or (uses_gpu and family not in re.split(r"\W+", here)):
+        raise SpecError(
+            f"--calibrate: measures {here} of this machine, which says nothing of {device.name}; leave it out, "
+            "give rates measured there with --tflops, or calibrate there"
+        )
 
 
 def given_rates(tflops: tuple[float, float]) -> Calibration:
@@ -70,32 +90,32 @@ class Models:
 
 def models_of(job: Job) -> Models:
     """From the job file and local folders alone; raises `SpecError` where they do not say it."""
-    path = job.teacher.path if isinstance(job.teacher, TransformersTeacher) else None
-    teacher = job.teacher.model if isinstance(job.teacher, PretrainTeacher) else _in_folder(path, "teacher")
-    path = job.student.path if isinstance(job.student, CheckpointStudent) else None
-    student = job.student.model if isinstance(job.student, ConfigStudent) else _in_folder(path, "student")
-    vocab = vocabulary(job) or teacher.config.get("vocab_size")
-    if not isinstance(vocab, int):
+    teacher, student, vocab = teacher_model(job), student_model(job), vocabulary(job)
+    if teacher is None or vocab is None:
         raise SpecError(_UNKNOWN.format("teacher"))
+    if student is None:
+        raise SpecError(_UNKNOWN.format("student"))
     return Models(student, teacher, vocab)
 
 
 _UNKNOWN = "{}: neither the job file nor a local config.json says its size; a plan for a cluster needs it"
 
 
-def _in_folder(path: str | None, name: str) -> Model:
-    """What config.json of a local checkpoint describes."""
-    file = Path(path or "").expanduser() / "config.json"
-    if not path or not file.is_file():
-        raise SpecError(_UNKNOWN.format(name))
-    config: dict[str, Any] = json.loads(file.read_text())
-    return Model(type=str(config.pop("model_type", None)), config=config)
-
-
 def _known(shape: Decoder | None, name: str) -> Decoder:
     if shape is None:
         raise SpecError(_UNKNOWN.format(name))
     return shape
+
+
+def _keys(split: Split, cluster: Cluster) -> str:
+    """What to write into the job file to get `split`."""
+    gpu = ", train.gpus_per_worker 1, teacher.gpus_per_shard 1" if cluster.device.on_gpu else ""
+    return f"{_sizes(split)}, teacher.shards {split.devices_a_replica}{gpu}"
+
+
+def _sizes(split: Split) -> str:
+    replicas = f"teacher.replicas {{min: {split.teacher_replicas}, max: {split.teacher_replicas}}}"
+    return f"train.workers {split.student.layout.workers}, train.global_batch {split.global_rows}, {replicas}"
 
 
 def _lines(split: Split, cluster: Cluster, measured: bool) -> list[str]:
@@ -110,7 +130,8 @@ def _lines(split: Split, cluster: Cluster, measured: bool) -> list[str]:
         f"{speed.communication_s:.3g} ({speed.traffic.total / 1e9:.3g} GB), bubble {speed.bubble:.1%}",
         f"  teacher   {split.teacher_replicas} replicas of {split.devices_a_replica} devices: "
         f"{split.teacher_bytes / 1e9:.1f} GB a device, {split.teacher_tokens_per_s:,.0f} tokens/s",
-        f"  idle      {split.idle_devices} devices",
+        f"  idle      {split.idle_devices} devices, not counted below",
+        f"  set       {_keys(split, cluster)}",
         f"  in all    {split.hours:,.2f} hours, {split.device_hours:,.0f} device-hours, {labels:,.2f} GiB of labels",
     ]
     return lines if split.cost is None else [*lines, f"  cost      {split.cost:,.2f}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -74,8 +74,10 @@ class Split:
     idle_devices: int
     label_bytes: int
     hours: float
+    global_rows: int
+    """In one optimizer step."""
     device_hours: float
-    """Of the whole cluster."""
+    """Of the devices that are used."""
     cost: float | None
     """In the currency of the price; None without one."""
 
@@ -83,6 +85,10 @@ class Split:
     def tokens_per_s(self) -> float:
         """Of the slower side."""
         return min(self.student.speed.tokens_per_s, self.teacher_tokens_per_s)
+
+    @property
+    def used_devices(self) -> int:
+        return self.student.layout.workers + self.teacher_replicas * self.devices_a_replica
 
 
 def estimate(work: Workload, layout: Layout, cluster: Cluster, calibration: Calibration) -> Estimate:
@@ -132,19 +138,38 @@ def balanced(
     `layout.data` is what is searched for. Every token is labelled once, as a first epoch does. Where even the smallest
     student is faster than all teachers that have room, it will wait for them. Raises `SpecError` if there is no room for both.
     """
+    return _best(lambda _: work, layout, cluster, calibration, price_per_hour)
+
+
+def rebatched(
+    work: Workload, layout: Layout, cluster: Cluster, calibration: Calibration, price_per_hour: float | None = None
+) -> Split:
+    """The split that is best if the global batch may grow to the next multiple of what its workers take at a time."""
+
+    def grown(tried: Layout) -> Workload:
+        micro_batches = tried.parts if tried.schedule == "dualpipev" else 1
+        taken = tried.data * work.micro_rows * micro_batches
+        return replace(work, global_rows=math.ceil(work.global_rows / taken) * taken)
+
+    return _best(grown, layout, cluster, calibration, price_per_hour)
+
+
+def _best(
+    work_of: Callable[[Layout], Workload], layout: Layout, cluster: Cluster, calibration: Calibration, price: float | None
+) -> Split:
+    """Of all numbers of data-parallel workers, each doing the work that `work_of` gives it."""
+    work = work_of(layout)
     replica = devices_a_replica(work, cluster)
     label_rate = teacher_speed(work.teacher, work.seq_len, replica, calibration)
     found: list[Split] = []
-    for data in range(1, cluster.devices // layout.pipeline + 1):
+    for data in range(layout.expert, cluster.devices // layout.pipeline + 1, layout.expert):
         tried = replace(layout, data=data)
-        replicas = (cluster.devices - tried.workers) // replica
-        if replicas == 0:
-            break
-        if data % layout.expert or work.rows(tried) is None:
+        replicas, work = (cluster.devices - tried.workers) // replica, work_of(tried)
+        if replicas <= 0 or work.rows(tried) is None:
             continue
         student = estimate(work, tried, cluster, calibration)
         used = min(replicas, math.ceil(student.speed.tokens_per_s / label_rate))
-        found.append(_split(work, student, used, replica, used * label_rate, cluster, price_per_hour))
+        found.append(_split(work, student, used, replica, used * label_rate, cluster, price))
     if not found:
         raise SpecError(f"cluster: {cluster} has no room for a teacher on {replica} and a student on {layout.pipeline} devices")
     kept_busy = [split for split in found if split.teacher_tokens_per_s >= split.student.speed.tokens_per_s]
@@ -155,17 +180,19 @@ def _split(
     work: Workload, student: Estimate, replicas: int, replica: int, label_rate: float, cluster: Cluster, price: float | None
 ) -> Split:
     hours = work.tokens / min(label_rate, student.speed.tokens_per_s) / 3600
+    used = student.layout.workers + replicas * replica
     return Split(
         student=student,
         teacher_replicas=replicas,
         devices_a_replica=replica,
         teacher_bytes=teacher_bytes(work, replica, cluster.device.on_gpu),
         teacher_tokens_per_s=label_rate,
-        idle_devices=cluster.devices - student.layout.workers - replicas * replica,
+        idle_devices=cluster.devices - used,
         label_bytes=int(work.tokens * work.label_bytes_per_token),
         hours=hours,
-        device_hours=hours * cluster.devices,
-        cost=None if price is None else price * hours * cluster.devices,
+        global_rows=work.global_rows,
+        device_hours=hours * used,
+        cost=None if price is None else price * hours * used,
     )
 
 

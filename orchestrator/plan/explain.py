@@ -45,7 +45,10 @@ def _training_lines(training: Training) -> list[str]:
     factors = f"{b.ranks} data-parallel ranks x {b.accumulation} accumulation x {b.micro_rows} rows"
     algebra = f"  batch     {b.global_rows} rows = {factors}"
     if training.memory is None:
-        return ["  params    known once the teacher's vocabulary is", algebra]
+        return [
+            "  params    not known before the run: config.json is not here, or of a type that the planner cannot count",
+            algebra,
+        ]
     m = training.memory
     parts = {
         "weights": m.weights,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.batch import Batch
+from orchestrator.plan.checkpoint import model_in, vocab_size
 from orchestrator.plan.deepspeed_config import deepspeed_config
 from orchestrator.plan.footprint import Footprint, Rows, footprint
 from orchestrator.plan.layout import layout_of
@@ -16,7 +17,7 @@ from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.plan.sizes import Decoder, decoder, with_mtp
 from orchestrator.spec.data import TrainTokenizer
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, labelled_by
+from orchestrator.spec.model import CheckpointStudent, ConfigStudent, Model, PretrainTeacher, TransformersTeacher, labelled_by
 from orchestrator.spec.train import Train
 
 UNKNOWN_VOCABULARY = 1 << 17
@@ -35,6 +36,7 @@ class Training:
     """Of them, those that one token meets."""
     memory: Footprint | None
     """Of the worker that needs most."""
+    on_gpu: bool
     deepspeed: dict[str, Any]
 
 
@@ -54,6 +56,9 @@ class Plan:
     stages: tuple[Stage, ...]
     student: Training
     teacher: Training | None
+    """None for one that exists already."""
+    teacher_params: int | None
+    """Of either kind; None if they are not known before the run."""
     label_rows: int
     """Rows the student reads, repeats included; each distinct one is labelled once."""
     label_bytes_at_most: int
@@ -72,10 +77,14 @@ class Plan:
 
 
 def make_plan(job: Job) -> Plan:
-    """The plan of `job`. Pure; needs no cluster, no storage and no model library."""
-    vocab = vocabulary(job)
+    """The plan of `job`, from the job file and local configurations alone: no cluster, no storage and no model library.
+
+    Raises `SpecError` for a config.json that cannot be read.
+    """
+    vocab, teaching = vocabulary(job), teacher_model(job)
+    taught = decoder_of(teaching, vocab)
     label_rows = job.train.steps * job.train.global_batch
-    per_token = label_bytes_per_token(job.labels, vocab or UNKNOWN_VOCABULARY, _teacher_width(job))
+    per_token = label_bytes_per_token(job.labels, vocab or UNKNOWN_VOCABULARY, _width(teaching))
     stages = _stages(job)
     slots = job.cluster.num_cpus or max(os.cpu_count() or 1, _concurrent_cpus(job))
     return Plan(
@@ -85,6 +94,7 @@ def make_plan(job: Job) -> Plan:
         teacher=_training(job.teacher.model, job.teacher.train, job.data.seq_len, vocab)
         if isinstance(job.teacher, PretrainTeacher)
         else None,
+        teacher_params=taught.total if taught else None,
         label_rows=label_rows,
         label_bytes_at_most=int(per_token * label_rows * job.data.seq_len),
         cpu_slots=slots,
@@ -92,22 +102,31 @@ def make_plan(job: Job) -> Plan:
 
 
 def vocabulary(job: Job) -> int | None:
-    """Ids in the vocabulary; None if only the teacher's folder knows."""
+    """Ids in the vocabulary; None if only the folder of a teacher that is not here knows."""
     if isinstance(job.data.tokenizer, TrainTokenizer):
         return job.data.tokenizer.vocab_size
-    model = student_model(job)
-    asked = model.config.get("vocab_size") if model else None
-    return asked if isinstance(asked, int) else None
+    teacher, student = teacher_model(job), job.student.model if isinstance(job.student, ConfigStudent) else None
+    said = [vocab_size(model) for model in (teacher, student) if model]
+    return next((size for size in said if size is not None), None)
+
+
+def teacher_model(job: Job) -> Model | None:
+    """The teacher's configuration; None if it is not here."""
+    if isinstance(job.teacher, PretrainTeacher):
+        return job.teacher.model
+    return model_in(job.teacher.path, "teacher.path") if isinstance(job.teacher, TransformersTeacher) else None
 
 
 def student_model(job: Job) -> Model | None:
-    """The student's configuration; None if a checkpoint holds it."""
-    return job.student.model if isinstance(job.student, ConfigStudent) else None
+    """The student's configuration; None if it is not here, or has yet to be made of another model."""
+    if isinstance(job.student, ConfigStudent):
+        return job.student.model
+    return model_in(job.student.path, "student.path") if isinstance(job.student, CheckpointStudent) else None
 
 
-def _teacher_width(job: Job) -> int:
+def _width(teacher: Model | None) -> int:
     """Width of the teacher's hidden states."""
-    asked = job.teacher.model.config.get("hidden_size") if isinstance(job.teacher, PretrainTeacher) else None
+    asked = teacher.config.get("hidden_size") if teacher else None
     return asked if isinstance(asked, int) else UNKNOWN_WIDTH
 
 
@@ -118,12 +137,12 @@ def decoder_of(model: Model | None, vocab: int | None) -> Decoder | None:
 
 def _training(model: Model | None, train: Train, seq_len: int, vocab: int | None, mtp_depth: int = 0) -> Training:
     shape = decoder_of(model, vocab)
-    batch = Batch.of(train)
+    batch, on_gpu = Batch.of(train), train.gpus_per_worker > 0
     if shape is None:
-        return Training(None, batch, None, None, deepspeed_config(train))
+        return Training(None, batch, None, None, on_gpu, deepspeed_config(train))
     rows = Rows(batch.micro_rows, batch.accumulation, seq_len)
-    memory = footprint(with_mtp(shape, mtp_depth), layout_of(train), rows, on_gpu=train.gpus_per_worker > 0)
-    return Training(shape.total, batch, shape.active, memory, deepspeed_config(train))
+    memory = footprint(with_mtp(shape, mtp_depth), layout_of(train), rows, on_gpu)
+    return Training(shape.total, batch, shape.active, memory, on_gpu, deepspeed_config(train))
 
 
 def _stages(job: Job) -> tuple[Stage, ...]:

@@ -32,7 +32,17 @@ def templates(*folders: Path) -> Environment:
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    formats = (words.number, words.count, words.short, words.size, words.percent, words.nats, words.seconds, markdown)
+    formats = (
+        words.number,
+        words.perplexity,
+        words.count,
+        words.short,
+        words.size,
+        words.percent,
+        words.nats,
+        words.seconds,
+        markdown,
+    )
     environment.filters |= {f.__name__: f for f in formats}
     return environment
 

@@ -12,6 +12,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return NOTHING if value is None else f"{value:,.{digits}f}"
 
 
+def perplexity(value: float | None, ce: float | None) -> str:
+    """Of a finite cross entropy `ce`; JSON has no word for an infinite one."""
+    return "∞" if value is None and ce is not None else number(value, 2)
+
+
 def count(value: float | None) -> str:
     """A whole number with thousands separators."""
     return NOTHING if value is None else f"{value:,.0f}"

@@ -23,6 +23,20 @@ def hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def visible_gpus() -> int | None:
+    """How many GPUs CUDA_VISIBLE_DEVICES lets this process see; None if it does not say."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return None
+    ids = [part.strip() for part in listed.split(",")]
+    return next((i for i, part in enumerate(ids) if part in ("", "-1", "NoDevFiles")), len(ids))
+
+
+def ray_temp_folder() -> str:
+    """Where a Ray that is started here puts its sessions; Ray's own rule."""
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+
+
 def prepare_deepspeed(on_gpu: bool) -> None:
     """Settings that DeepSpeed reads while it is imported."""
     if not on_gpu:
@@ -119,3 +133,8 @@ def job_tags() -> dict[str, str]:
     """Tags that lead from a tracked run back to the Ray job it ran in."""
     submission = os.environ.get("RAY_JOB_SUBMISSION_ID")
     return {"ray.submission_id": submission} if submission else {}
+
+
+def has_display() -> bool:
+    """Whether a window can be opened: always on macOS and Windows, elsewhere with a display server or a set browser."""
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(n) for n in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))

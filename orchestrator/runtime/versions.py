@@ -23,6 +23,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def own_version() -> str:
+    """Version of this package, with the digest of its source."""
+    try:
+        installed = version(PACKAGES[0])
+    except PackageNotFoundError:
+        installed = "not installed"
+    return f"{installed} (source {code_digest()})"
+
+
 def code_digest() -> str:
     """12 hex digits over the source of `orchestrator`, which changes more often than its version does."""
     digest = hashlib.sha256()

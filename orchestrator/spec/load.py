@@ -18,7 +18,7 @@ from orchestrator.spec.problems import origin, report, show
 from orchestrator.spec.reader import UNFIT_TEXT, Keys, Reader, Section, clip, dotted
 from orchestrator.spec.schema import drop_stale, fill_kinds, job_schema
 
-__all__ = ["job_schema", "load_job", "resolved_yaml"]
+__all__ = ["job_schema", "literal", "load_job", "resolved_yaml"]
 
 MAX_BYTES = 250_000  # the YAML parser needs a second for a few times as much
 _OVERRIDE = re.compile(r"([\w-]+(?:\.[\w-]+){0,20})=(.*)", re.ASCII | re.DOTALL)
@@ -62,16 +62,16 @@ def resolved_yaml(job: Job, *, interpolated: bool = True) -> str:
     yaml.sort_base_mapping_type_on_output = False
     stream = StringIO()
     data = job.model_dump(mode="json")
-    yaml.dump(_escape(data) if interpolated else data, stream)
+    yaml.dump(literal(data) if interpolated else data, stream)
     return stream.getvalue()
 
 
-def _escape(value: JsonValue) -> JsonValue:
+def literal(value: JsonValue) -> JsonValue:
     """`value` with each `${` in its text written so that it stays as it is."""
     if isinstance(value, dict):
-        return {key: _escape(item) for key, item in value.items()}
+        return {key: literal(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_escape(item) for item in value]
+        return [literal(item) for item in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 

@@ -92,6 +92,17 @@ def drop_stale(data: Section, section: Keys, kind: JsonValue) -> None:
             data.pop(key, None)
 
 
+def dotted_keys(node: Node | None = None, prefix: str = "") -> list[str]:
+    """Every key that a job file may have outside of lists, dotted, each once whatever kinds of sections have it."""
+    node = plain(root() if node is None else node)
+    nodes = [of_kind(node, kind) for kind in kinds(node)] or [node]
+    found: dict[str, None] = {}
+    for properties in (n.get("properties", {}) for n in nodes):
+        for key, inner in properties.items():
+            found |= dict.fromkeys(dotted_keys(inner, f"{prefix}{key}.") or [f"{prefix}{key}"])
+    return list(found)
+
+
 def _default_kind(node: Node) -> str | None:
     default: Node = node.get("default") or {}
     return default.get("kind") if kinds(node) else None

@@ -17,8 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -112,7 +113,7 @@ class LabelLog:
         }
         table = pa.table(columns).replace_schema_metadata({"schema_version": str(LABEL_SCHEMA_VERSION)})
         record = put_shard(self.store, f"{self.folder}/data", shard, table)
-        if self.store.put_if_absent(self._commit_key(shard), record.model_dump_json().encode()):
+        if self.store.put_if_absent(self.commit_key(shard), record.model_dump_json().encode()):
             return record
         standing = self.committed(shard)
         assert standing is not None
@@ -141,9 +142,14 @@ class LabelLog:
             )
         return data
 
+    def kept_names(self) -> list[str]:
+        """Names of everything that was kept."""
+        files = [name.removesuffix(".json") for name in self.store.keys(self.folder) if name.endswith(".json")]
+        return [name for name in files if name != "key"]
+
     def committed(self, shard: int) -> ShardRecord | None:
         """The commit record of `shard`, None while nobody has labelled it."""
-        return ShardRecord.load(self.store, self._commit_key(shard))
+        return ShardRecord.load(self.store, self.commit_key(shard))
 
     def awaited(self, shard: int, aborted: Callable[[], str | None]) -> ShardRecord:
         """The commit record of `shard`, as soon as it is there; raises `ResumableError` once `aborted` gives a reason."""
@@ -161,32 +167,30 @@ class LabelLog:
 
     def missing(self, shards: Sequence[int]) -> list[int]:
         """Those of `shards` that are not committed, in the given order."""
-        present = {int(name.removesuffix(".json")) for name in self.store.keys(f"{self.folder}/commits")}
+        present = set(self.shards())
         return [s for s in shards if s not in present]
 
     def read(self, shard: int, record: ShardRecord, tokens: TokenShard) -> dict[str, list[bytes]]:
         """The label columns of a committed shard; raises `IntegrityError` if they are damaged or of other tokens."""
         where = f"label shard {shard}"
-        table = get_shard(self.store, f"{self.folder}/data", record, where)
+        with self._repairable():
+            table = get_shard(self.store, f"{self.folder}/data", record, where)
         if binary_column(table, "ids_sha256") != tokens.ids_sha256() or binary_column(table, "row_id") != tokens.row_ids:
             raise IntegrityError(f"{where}: made from other tokens than token shard {shard} holds")
         return {name: binary_column(table, name) for name in table.column_names if name not in _IDENTITY}
 
+    def shards(self) -> list[int]:
+        """Numbers of all shards that have a commit record, ascending."""
+        return [int(name.removesuffix(".json")) for name in self.store.keys(f"{self.folder}/commits")]
+
     def all_committed(self) -> list[tuple[int, ShardRecord]]:
         """Every committed shard with its record; raises `IntegrityError` for a folder that is no log."""
         self.identity()
-        shards = [int(name.removesuffix(".json")) for name in self.store.keys(f"{self.folder}/commits")]
-        return [(shard, record) for shard in shards if (record := self.committed(shard)) is not None]
+        return [(shard, record) for shard in self.shards() if (record := self.committed(shard)) is not None]
 
-    def verify(self) -> list[tuple[int, ShardRecord]]:
-        """Read every committed shard in full; returns them, or raises `IntegrityError` at the first damaged one."""
-        found = self.all_committed()
-        for name in self.store.keys(self.folder):
-            if name.endswith(".json") and name != "key.json":
-                self.kept(name.removesuffix(".json"))
-        for shard, record in found:
-            get_shard(self.store, f"{self.folder}/data", record, f"label shard {shard}")
-        return found
+    def check(self, shard: int, record: ShardRecord) -> None:
+        """Read a committed shard in full; raises `IntegrityError` if a byte of it is not as it was written."""
+        get_shard(self.store, f"{self.folder}/data", record, f"label shard {shard}")
 
     def seal(self, shards: Sequence[int], manifest: TokenManifest) -> tuple[Seal, Ledger]:
         """Close the books over `shards`: every row of every one is there exactly once.
@@ -225,9 +229,21 @@ class LabelLog:
     def _row_ids(self, shards: Sequence[int]) -> list[tuple[ShardRecord, pa.Array[Any]]]:
         """The committed ones of `shards`, each with the row ids that its file holds."""
         records = [(shard, record) for shard in shards if (record := self.committed(shard)) is not None]
-        return [(record, get_row_ids(self.store, f"{self.folder}/data", record, f"label shard {s}")) for s, record in records]
+        folder = f"{self.folder}/data"
+        with self._repairable():
+            return [(record, get_row_ids(self.store, folder, record, f"label shard {s}")) for s, record in records]
 
-    def _commit_key(self, shard: int) -> str:
+    @contextmanager
+    def _repairable(self) -> Generator[None]:
+        """Have a damaged or missing shard say how it is made again."""
+        try:
+            yield
+        except IntegrityError as error:
+            way_out = f"distill labels repair {self.store.address(self.folder)}, then run the job again"
+            raise IntegrityError(f"{error}; {way_out}") from error
+
+    def commit_key(self, shard: int) -> str:
+        """Where the commit record of `shard` lies."""
         return f"{self.folder}/commits/{shard:06d}.json"
 
 

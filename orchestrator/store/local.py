@@ -102,6 +102,8 @@ class LocalStore(Store):
             part.folder.mkdir(parents=True)
         try:
             yield part
+            with storage_faults(part.folder):
+                _open_to_all_that_umask_lets(part.folder)
             part.files.update(describe_folder(part.folder))
         except BaseException:
             shutil.rmtree(part.folder, ignore_errors=True)
@@ -166,6 +168,17 @@ def _faults_of_present(path: Path) -> Generator[None]:
         raise
     except OSError as error:
         raise EnvironmentFault(f"storage {path}: {error.strerror or error}") from error
+
+
+def _open_to_all_that_umask_lets(folder: Path) -> None:
+    """Give the files in `folder`, a folder just made, the modes that umask gives new ones.
+
+    Libraries write some for their owner alone (safetensors), and copies keep the mode of what was copied.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def _temporary(path: Path) -> Path:

@@ -65,6 +65,8 @@ class TokenManifest(Record):
     """Tokens that are the target of no window: a piece's end that did not fill one, prompts that fill a whole one."""
     target_share: float = 1.0
     """Of the training positions, those that are learnt from; the others are prompts."""
+    special_documents: int = 0
+    """Documents that contain the text of a special token."""
 
     @classmethod
     def without_corpus(

@@ -109,7 +109,7 @@ def start_model(job: TrainingJob, share: Share | None = None) -> PreTrainedModel
     Raises `SpecError` for a model whose head the chunked loss cannot stand for.
     """
     model = _whole_model(job) if share is None else _shared_model(job, share)
-    model.config.use_cache = False
+    learn_every_row(model)
     tried = model if share is None else trial_model(model.config)
     check_head(tried, job.stage)
     if job.ahead.depth or isinstance(job.train.parallel, Pipeline):
@@ -120,6 +120,16 @@ def start_model(job: TrainingJob, share: Share | None = None) -> PreTrainedModel
     if job.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def learn_every_row(model: nn.Module) -> None:
+    """Have the embeddings of `model` learn the row of their padding id too.
+
+    Windows hold no padding. The id that a checkpoint pads with is often the end of text, which stands between all documents.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
 
 
 def _whole_model(job: TrainingJob) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from orchestrator.spec.objective import Objective
 from orchestrator.spec.train import Train
 from orchestrator.store.records import Record, TokenManifest
 
-TRAINING_VERSION = 3
+TRAINING_VERSION = 4
 """Raised when the code makes other weights of the same job."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import ray
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.models.build import DTYPES
+from orchestrator.models.generation import complete_folder
 from orchestrator.models.mtp import save_mtp
 from orchestrator.plan.schedule import learning_rate
 from orchestrator.runtime.board import STUDENT_SHARDS
@@ -75,11 +75,9 @@ def save_model(trainer: Trainer, store: Store, job: TrainingJob, tokenizer_folde
     ahead = trainer.whole_state(trainer.mtp, dtype) if trainer.mtp else None
     if dist.get_rank() == 0:
         with store.folder_for(f"{job.folder}/{MODEL}") as folder:
-            shutil.copytree(store.local(tokenizer_folder), folder, dirs_exist_ok=True)
-            model = trainer.model
-            model.config.use_cache = True
-            model.config.dtype = dtype
-            model.save_pretrained(folder, state_dict=state)
+            trainer.model.config.dtype = dtype
+            trainer.model.save_pretrained(folder, state_dict=state)
+            complete_folder(folder, store.local(tokenizer_folder), job.manifest.seq_len)
             if ahead is not None:
                 save_mtp(ahead, job.ahead.depth, folder)
         finish_model(

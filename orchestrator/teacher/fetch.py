@@ -9,19 +9,13 @@ from typing import Any
 import ray
 
 from orchestrator.errors import EnvironmentFault, SpecError
-from orchestrator.models.hub import checkpoint_folder, vocab_size_of
+from orchestrator.models.head import head_tensors
+from orchestrator.models.hub import checkpoint_folder, vocab_size_of, weight_files
+from orchestrator.models.tokenizer import tokenizer_files
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.spec.model import GgufTeacher, TransformersTeacher
 from orchestrator.store.files import Store, local_folder, sha256_of
 from orchestrator.store.records import MODEL, ModelFolder, ModelManifest, describe_folder, finish_model, finished_model
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 def fetch_teacher(store: Store, teacher: TransformersTeacher | GgufTeacher) -> ModelFolder:
@@ -31,9 +25,8 @@ def fetch_teacher(store: Store, teacher: TransformersTeacher | GgufTeacher) -> M
     folder = checkpoint_folder(teacher.path, teacher.revision, "teacher.path")
     if not (folder / "tokenizer.json").is_file():
         raise SpecError(f"teacher.path: {folder} has no tokenizer.json")
-    weights = [p.name for p in sorted(folder.glob("*.safetensors"))]
-    present = [name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()]
-    files = describe_folder(folder, [*weights, *present])
+    head_tensors(folder, "teacher.path")  # what hidden states are nothing without; told before anything is labelled
+    files = describe_folder(folder, ["config.json", *(file.name for file in weight_files(folder)), *tokenizer_files(folder)])
     ids = vocab_size_of(folder, "teacher.path")
     return ModelFolder(str(folder), ModelManifest(fingerprint=teacher.path, files=files, vocab_size=ids))
 

@@ -25,6 +25,7 @@ from orchestrator.spec.objective import Objective
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from orchestrator.teacher.backend import Replica, TransformersBackend
+from tests.label_logs import verified
 
 VOCAB, SEQ = 67, 12
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -129,7 +130,7 @@ def test_coordinates_hold_what_lies_in_their_directions(seed: int, store: LocalS
     file = store.path(log.folder) / store.read_json(f"{log.folder}/basis.json")["file"]
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + b"?")
-    for reader in (lambda: log.kept("basis"), log.verify):
+    for reader in (lambda: log.kept("basis"), lambda: verified(log)):
         with pytest.raises(IntegrityError, match="sha256 mismatch"):
             reader()
     file.unlink()

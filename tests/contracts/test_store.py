@@ -22,7 +22,7 @@ from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import describe_folder, finish_model, finished_model
 from tests.contracts.stored import FILES, build, damage, eventually, read, write
-from tests.label_logs import IDENTITY, labels_of, manifest_of, tokens_of
+from tests.label_logs import IDENTITY, labels_of, manifest_of, tokens_of, verified
 from tests.s3 import Server
 
 
@@ -284,7 +284,7 @@ def test_a_label_log_is_written_followed_and_sealed(store: Store) -> None:
         record = log.commit(shard, tokens, labels_of(tokens, salt=1))
         assert log.commit(shard, tokens, labels_of(tokens, salt=2)) == record, "the first commit wins"
         assert log.read(shard, record, tokens) == labels_of(tokens, salt=1)
-    assert log.missing([2, 0, 1]) == [] and [shard for shard, _ in log.verify()] == [0, 1, 2]
+    assert log.missing([2, 0, 1]) == [] and [shard for shard, _ in verified(log)] == [0, 1, 2]
     log.keep("basis", b"kept")
     assert log.kept("basis") == b"kept"
     seal, ledger = log.seal([0, 1, 2], manifest_of(shards))

@@ -60,6 +60,7 @@ def refuse(folder: Path, job: Json, expected: int, *words: str) -> None:
 # Refused before Ray is started.
 
 
+@pytest.mark.slice
 def test_a_name_that_leaves_the_storage(job: Json, tmp_path: Path) -> None:
     before = contents(tmp_path)
     refuse(tmp_path, job | {"name": "../x"}, SPEC, "name", "../x")
@@ -67,12 +68,14 @@ def test_a_name_that_leaves_the_storage(job: Json, tmp_path: Path) -> None:
     assert before.items() <= contents(tmp_path).items()
 
 
+@pytest.mark.slice
 def test_a_storage_that_is_not_supported(job: Json, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     refuse(tmp_path, job | {"storage": "gs://bucket/folder"}, SPEC, "storage", "gs://bucket/folder")
     assert not (tmp_path / "gs:").exists()
 
 
+@pytest.mark.slice
 def test_a_storage_that_is_a_file(job: Json, tmp_path: Path) -> None:
     (tmp_path / "store").write_text("precious")
     refuse(tmp_path, job, ENVIRONMENT, "storage", str(tmp_path / "store"))
@@ -83,6 +86,7 @@ def test_a_storage_that_cannot_be_made(job: Json, tmp_path: Path) -> None:
     refuse(tmp_path, job | {"storage": "/proc/no-such/store"}, ENVIRONMENT, "/proc/no-such/store")
 
 
+@pytest.mark.slice
 def test_a_run_that_is_going_on_elsewhere(job: Json, tmp_path: Path) -> None:
     folder = tmp_path / "store" / "runs" / "tiny"
     folder.mkdir(parents=True)

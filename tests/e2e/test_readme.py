@@ -54,7 +54,9 @@ def distill(line: str, storage: Path) -> subprocess.CompletedProcess[str]:
     if "KEY" in line:
         (key,) = (storage / "labels").iterdir()
         words = [w.replace("KEY", key.name) for w in words]
-    if words[1] in ("run", "plan"):
+    if words[1] in ("compare", "sweep"):
+        words += ["--out", str(storage.parent / "compare.html")]
+    if words[1] in ("run", "plan", "sweep"):
         text = sorted(str(p) for p in (ROOT / "orchestrator").rglob("*.py"))
         settings = [*SMALL, f"data.source.paths={json.dumps(text)}", f"storage={storage}"]
         words += [part for setting in settings for part in ("--set", setting)]

@@ -105,6 +105,7 @@ def copied(first: Finished, tmp_path: Path) -> Json:
 # What a run leaves behind.
 
 
+@pytest.mark.slice
 def test_report_has_what_it_promises(first: Finished) -> None:
     found = first.report
     assert json.loads(first.ended.stdout) == found
@@ -140,6 +141,7 @@ def test_report_has_what_it_promises(first: Finished) -> None:
     assert_every_row_labelled_once(first.storage)
 
 
+@pytest.mark.slice
 def test_run_directory_is_complete(first: Finished) -> None:
     names = {file.name for file in first.folder.iterdir()}
     assert {"job.yaml", "plan.json", "run.json", "report.json", "report.html", "summary.md", "metrics.jsonl"} <= names
@@ -152,6 +154,7 @@ def test_run_directory_is_complete(first: Finished) -> None:
     assert [p["step"] for p in metric_points(first.storage, "student")] == list(range(STEPS))
 
 
+@pytest.mark.slice
 def test_first_and_last_line_say_where_to_look(first: Finished) -> None:
     lines = first.ended.stderr.strip().split("\n")
     assert lines[0] == lines[-1]
@@ -160,6 +163,7 @@ def test_first_and_last_line_say_where_to_look(first: Finished) -> None:
     assert "Traceback" not in first.ended.stderr
 
 
+@pytest.mark.slice
 def test_export_is_the_student(first: Finished) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -175,6 +179,7 @@ def test_export_is_the_student(first: Finished) -> None:
         assert not torch.equal(teacher(ids).logits, logits[0])
 
 
+@pytest.mark.slice
 def test_mlflow_has_the_run_once(first: Finished, again: Finished) -> None:
     from mlflow import MlflowClient
 
@@ -206,6 +211,7 @@ def assert_recorded_once(client: Any, run_id: str, points: list[Json]) -> None:
 # What running again reuses.
 
 
+@pytest.mark.slice
 def test_the_same_job_again_reuses_everything(first: Finished, again: Finished) -> None:
     assert {again.stages[stage]["status"] for stage in COSTLY} == {"reused"}
     assert again.report["labels"]["reused_shards"] == again.report["labels"]["shards"] == len(commits(first.storage))

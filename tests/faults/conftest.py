@@ -19,7 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, trials in {"trial": TRIALS, "shard_trial": SHARD_TRIALS}.items():
         if name in metafunc.fixturenames:  # the options exist only where pytest is pointed at this folder
-            metafunc.parametrize(name, range(metafunc.config.getoption("--trials", None) or trials))
+            count = metafunc.config.getoption("--trials", None) or trials
+            first = pytest.param(0, marks=pytest.mark.slice) if name == "trial" else 0
+            metafunc.parametrize(name, [first, *range(1, count)])
 
 
 @pytest.fixture(scope="session")

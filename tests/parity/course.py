@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from orchestrator.labels.answer import Answer
 from orchestrator.labels.codec import Codec
@@ -133,7 +136,8 @@ def build_bench(root: Path, vocab: int = VOCAB) -> Bench:
         shards.append(tokens)
     share = sum(int(shard.loss_mask.sum()) for shard in shards) / (sum(SHARD_ROWS) * SEQ)
     manifest = TokenManifest.without_corpus(SEQ, VOCAB, records, target_share=share)
-    store.path("data/x/tokenizer").mkdir()
+    words = Tokenizer(WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="<|endoftext|>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(store.path("data/x/tokenizer"))
     shape = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     build_model(Model(config=shape | {"num_key_value_heads": 2}), VOCAB, 1, "teacher").save_pretrained(store.path("teacher"))
     return Bench(store, manifest, {name: write_log(store, name, labels, shards) for name, (labels, _) in LABELS.items()})

@@ -76,7 +76,7 @@ def spread(folders: dict[str, str], ids: list[list[int]], answers: str) -> dict[
     return shares
 
 
-@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("shards", [pytest.param(2, marks=pytest.mark.slice), 4])
 def test_a_sharded_teacher_says_the_same(seed: int, shards: int, tmp_path: Path) -> None:
     ids = ids_of(seed)
     for name, model in MODELS.items():

@@ -15,7 +15,7 @@ import pytest
 from orchestrator.errors import IntegrityError
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.shards import TokenShard
-from tests.label_logs import flip, labels_of, manifest_of, tokens_of
+from tests.label_logs import flip, labels_of, manifest_of, tokens_of, verified
 
 
 @pytest.mark.parametrize("change", ["one id", "one row id", "a row less", "rows swapped"])
@@ -45,13 +45,13 @@ def test_a_thousand_flipped_bits_are_all_found(log: LabelLog, seed: int) -> None
         shard = rng.choice(list(tokens))
         bit = rng.randrange(records[shard].bytes * 8)
         with flipped(log.store.path(f"{log.folder}/data/{records[shard].file}"), bit):
-            for reader in (lambda s=shard: log.read(s, records[s], tokens[s]), log.verify):
+            for reader in (lambda s=shard: log.read(s, records[s], tokens[s]), lambda: verified(log)):
                 with pytest.raises(IntegrityError, match=rf"^label shard {shard}: sha256 mismatch") as caught:
                     reader()
                 assert caught.value.exit_code == 5
         hit.add(shard)
     assert hit == set(tokens)
-    assert [shard for shard, _ in log.verify()] == [0, 1, 11], "unflipped, all is well"
+    assert [shard for shard, _ in verified(log)] == [0, 1, 11], "unflipped, all is well"
     for shard, part in tokens.items():
         assert log.read(shard, records[shard], part) == labels_of(part, shard)
 
@@ -73,7 +73,7 @@ def test_a_damaged_file_is_found(log: LabelLog, damage: str) -> None:
         file.unlink()
     else:
         os.truncate(file, {"truncated": record.bytes // 2, "emptied": 0, "longer": record.bytes + 1}[damage])
-    for reader in (lambda: log.read(4, record, tokens), log.verify):
+    for reader in (lambda: log.read(4, record, tokens), lambda: verified(log)):
         with pytest.raises(IntegrityError, match="label shard 4: "):
             reader()
 
@@ -83,7 +83,11 @@ def test_a_damaged_commit_record_is_found(log: LabelLog, content: bytes) -> None
     log.commit(2, tokens_of(2), labels_of(tokens_of(2)))
     file = log.store.path(f"{log.folder}/commits/000002.json")
     file.write_bytes(content)
-    for reader in (lambda: log.committed(2), log.verify, lambda: log.seal([2], manifest_of([tokens_of(i) for i in range(3)]))):
+    for reader in (
+        lambda: log.committed(2),
+        lambda: verified(log),
+        lambda: log.seal([2], manifest_of([tokens_of(i) for i in range(3)])),
+    ):
         with pytest.raises(IntegrityError, match=r"commits/000002\.json: not a valid record"):
             reader()
 
@@ -93,7 +97,7 @@ def test_a_commit_record_that_tells_otherwise_is_found(log: LabelLog, name: str,
     record = log.commit(2, tokens_of(2), labels_of(tokens_of(2)))
     log.store.replace(f"{log.folder}/commits/000002.json", record.model_copy(update={name: value}).model_dump_json().encode())
     with pytest.raises(IntegrityError, match=r"^label shard 2: "):
-        log.verify()
+        verified(log)
 
 
 def test_verify_as_a_command(log: LabelLog) -> None:
@@ -104,4 +108,9 @@ def test_verify_as_a_command(log: LabelLog) -> None:
     with flipped(log.store.path(f"{log.folder}/data/{records[1].file}"), bit=1000):
         damaged = subprocess.run(command, capture_output=True, text=True, check=False)
     assert damaged.returncode == 5
-    assert damaged.stderr == "distill: label shard 1: sha256 mismatch, the file has changed since it was written\n"
+    assert (
+        damaged.stdout
+        == "label shard 1: sha256 mismatch, the file has changed since it was written\n2 shards, 8 rows: intact\n"
+    )
+    (line,) = damaged.stderr.splitlines()
+    assert line.startswith("distill: ") and "1 damaged" in line and f"distill labels repair {command[-1]}" in line

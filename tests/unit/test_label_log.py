@@ -15,7 +15,7 @@ from orchestrator.errors import DataError, IntegrityError, ResumableError
 from orchestrator.store import label_log
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import ShardRecord
-from tests.label_logs import IDENTITY, labels_of, temporary_files, tokens_of
+from tests.label_logs import IDENTITY, labels_of, temporary_files, tokens_of, verified
 
 # Commits.
 
@@ -27,7 +27,7 @@ def test_a_shard_is_there_once_it_is_committed(log: LabelLog) -> None:
     assert log.committed(0) == record
     assert record.rows == 4
     assert log.read(0, record, tokens) == labels_of(tokens)
-    assert log.verify() == [(0, record)]
+    assert verified(log) == [(0, record)]
     assert not temporary_files(log.store)
 
 
@@ -150,7 +150,7 @@ def test_a_schema_version_is_not_read_by_another(log: LabelLog, monkeypatch: pyt
     monkeypatch.setattr(label_log, "LABEL_SCHEMA_VERSION", 3)
     assert LabelLog.open(log.store, IDENTITY).key != log.key
     with pytest.raises(IntegrityError, match="not a label log of schema version 3"):
-        log.verify()
+        verified(log)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"schema_version": "1"}', None])
@@ -160,4 +160,4 @@ def test_a_folder_without_an_intact_key_is_no_log(log: LabelLog, content: bytes 
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(IntegrityError, match=re.escape(str(log.store.path(log.folder)))):
-        log.verify()
+        verified(log)

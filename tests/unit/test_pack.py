@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from orchestrator.data.pack import HELDOUT_WINDOWS_PER_DOCUMENT, PackedPiece, pack_piece
 from orchestrator.data.sources import Piece, list_pieces
-from orchestrator.data.tokenizer import TokenizerFacts, copy_tokenizer
+from orchestrator.data.tokenizer import TokenizerFacts
 from orchestrator.errors import DataError
 from orchestrator.spec.data import Data, JsonlSource, TextSource
 from orchestrator.store.local import LocalStore
@@ -195,16 +195,6 @@ def test_a_packed_piece_is_not_read_again(tmp_path: Path, store: LocalStore) -> 
     shutil.copytree(store.path(f"{FOLDER}/tokenizer"), store.path("data/other/tokenizer"))
     with pytest.raises(DataError, match="cannot be read"):
         pack_piece(store, "data/other", data, piece, FACTS)
-
-
-def test_a_tokenizer_is_copied_without_the_weights_beside_it(tmp_path: Path) -> None:
-    kept = {"tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"}
-    weights = {"model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"}
-    (tmp_path / "model").mkdir()
-    for name in kept | weights:
-        (tmp_path / "model" / name).write_text("")
-    copy_tokenizer(tmp_path / "model", tmp_path / "tokenizer")
-    assert {path.name for path in (tmp_path / "tokenizer").iterdir()} == kept
 
 
 def test_row_ids_depend_on_the_documents_alone(tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_a_plan_without_a_known_vocabulary() -> None:
     assert plan.student.params is None
     assert plan.student.memory is None
     assert plan.teacher is None
-    assert "known once the teacher's vocabulary is" in explain(plan)
+    assert "not known before the run" in explain(plan)
     assert [stage.name for stage in plan.stages][:2] == ["teacher", "data"]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.plan.cluster import DEVICES, Calibration, Cluster, assumed_calibration, parse_cluster
-from orchestrator.plan.estimate import Workload, advice, balanced, estimate, nearby, teacher_bytes
+from orchestrator.plan.estimate import Workload, advice, balanced, estimate, nearby, rebatched, teacher_bytes
 from orchestrator.plan.footprint import Rows, footprint
 from orchestrator.plan.layout import Layout, bubble, shares
 from orchestrator.plan.speed import forward_flops, traffic, training_flops, training_speed
@@ -304,9 +304,18 @@ def test_the_split_keeps_both_sides_busy() -> None:
     less = (split.teacher_replicas - 1) * split.teacher_tokens_per_s / split.teacher_replicas
     assert less < student.speed.tokens_per_s, "no replica too many"
     assert split.hours == pytest.approx(WORK.tokens / split.tokens_per_s / 3600)
-    assert split.cost == pytest.approx(2.0 * 128 * split.hours)
+    assert split.cost == pytest.approx(2.0 * split.used_devices * split.hours), "what is idle is not billed"
     assert split.label_bytes == 50 * WORK.tokens
     assert balanced(WORK, LEAN, H100, RATES).cost is None
+
+
+def test_another_batch_uses_what_is_idle() -> None:
+    """`plan --cluster 128xH100` left 37 devices idle, because 512 rows divide among few numbers of workers."""
+    split, more = (plan(WORK, LEAN, H100, RATES) for plan in (balanced, rebatched))
+    assert more.idle_devices < split.idle_devices and more.tokens_per_s > split.tokens_per_s
+    assert split.global_rows == 512 < more.global_rows < 1024
+    again = balanced(replace(WORK, global_rows=more.global_rows), LEAN, H100, RATES)
+    assert (again.used_devices, again.student.layout) == (more.used_devices, more.student.layout), "the batch is all it takes"
 
 
 def test_a_small_cluster_has_a_student_that_waits_or_no_room_at_all() -> None:

@@ -71,10 +71,10 @@ def test_jsonl_pieces_hold_every_line_once(
         (b"{", "not a JSON line"),
         (b"[" * 100_000, "not a JSON line"),
         (b'"\xff"', "not a JSON line"),
-        (b"[1]", "'text' is NoneType, not text"),
-        (b'{"other": "x"}', "'text' is NoneType, not text"),
-        (b'{"text": 5}', "'text' is int, not text"),
-        (b'{"text": null}', "'text' is NoneType, not text"),
+        (b"[1]", "not a JSON object with fields, but a list"),
+        (b'{"other": "x"}', "no 'text'; set data.source.field to one of other"),
+        (b'{"text": 5}', "'text' is a number, not text; write what is to be learnt as one text"),
+        (b'{"text": null}', "'text' is null; take such rows out, or give them a text"),
     ],
     ids=range(7),
 )
@@ -135,9 +135,9 @@ def test_parquet_damage_behind_an_intact_footer_is_named(tmp_path: Path) -> None
 def test_a_missing_column_and_a_missing_value_are_named(tmp_path: Path) -> None:
     write_parquet(tmp_path / "t.parquet", ["a", None], 10)
     paths = (f"{tmp_path}/t.parquet",)
-    with pytest.raises(DataError, match=r"t\.parquet: no column 'body', there are text, other"):
+    with pytest.raises(DataError, match=r"t\.parquet: no column 'body'; set data\.source\.column to one of text, other"):
         read_all(Data(source=ParquetSource(kind="parquet", paths=paths, column="body")))
-    with pytest.raises(DataError, match=r"t\.parquet row 1: 'text' is NoneType, not text"):
+    with pytest.raises(DataError, match=r"t\.parquet row 1: 'text' is null"):
         read_all(Data(source=ParquetSource(kind="parquet", paths=paths)))
 
 
@@ -181,9 +181,9 @@ def test_the_standard_library_is_a_corpus() -> None:
 def test_prompts_that_are_not_text_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "a", "prompt": "b"}\n{"text": "a"}\n')
     data = Data(source=JsonlSource(kind="jsonl", paths=(f"{tmp_path}/x.jsonl",), prompt="prompt"))
-    with pytest.raises(DataError, match=r"x\.jsonl at byte 29: 'prompt' is NoneType, not text"):
+    with pytest.raises(DataError, match=r"x\.jsonl at byte 29: no 'prompt'; set data\.source\.prompt to one of text"):
         read_all(data)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "x.parquet")
     data = Data(source=ParquetSource(kind="parquet", paths=(f"{tmp_path}/x.parquet",), prompt="prompt"))
-    with pytest.raises(DataError, match=r"x\.parquet: no column 'prompt', there are text"):
+    with pytest.raises(DataError, match=r"x\.parquet: no column 'prompt'; set data\.source\.prompt to one of text"):
         read_all(data)

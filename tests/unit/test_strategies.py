@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.plan.batch import Batch
-from orchestrator.plan.capacity import capacity, given_rates, workload
+from orchestrator.plan.capacity import capacity, check_measured_here, given_rates, workload
+from orchestrator.plan.cluster import assumed_calibration, parse_cluster
 from orchestrator.plan.deepspeed_config import deepspeed_config
+from orchestrator.plan.estimate import balanced
 from orchestrator.plan.explain import explain
 from orchestrator.plan.layout import Layout, layout_of
 from orchestrator.plan.make import make_plan
@@ -93,6 +96,41 @@ def test_a_cluster_that_need_not_exist() -> None:
     assert slow != fast
     with pytest.raises(SpecError, match="--tflops: 0 1, but both must be above 0"):
         given_rates((0, 1))
+
+
+def test_a_plan_for_a_cluster_says_which_keys_to_set() -> None:
+    plan = make_plan(load_job(JOBS / "quickstart.yaml"))
+    lines = "\n".join(capacity(plan, "8xH100", None, None))
+    cluster = parse_cluster("8xH100")
+    split = balanced(workload(plan), layout_of(plan.job.train), cluster, assumed_calibration(cluster.device, "bf16", "bf16"))
+    keys = re.search(r"set +(.*)", lines)
+    assert keys is not None
+    replicas = split.teacher_replicas
+    assert f"train.workers {split.student.layout.workers}, train.global_batch 8" in keys[1]
+    assert f"teacher.replicas {{min: {replicas}, max: {replicas}}}" in keys[1] and "train.gpus_per_worker 1" in keys[1]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "on_gpu", "gpus"),
+    [
+        ("8xH100", False, []),
+        ("8xH100", True, ["NVIDIA A100-SXM4-80GB"]),
+        ("2xCPU", True, ["NVIDIA H100"]),
+        ("8xL4", True, ["NVIDIA L40S"]),
+    ],
+)
+def test_rates_measured_here_are_not_those_of_other_devices(cluster: str, on_gpu: bool, gpus: list[str]) -> None:
+    """`plan --cluster 8xH100 --calibrate` on a CPU said "on 8 H100, as measured"."""
+    job = load_job(JOBS / "quickstart.yaml", ["train.gpus_per_worker=1"] if on_gpu else [])
+    with pytest.raises(SpecError, match=r"^--calibrate: .*--tflops"):
+        check_measured_here(job, cluster, gpus)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpus"), [("4xCPU", []), ("8xH100", ["NVIDIA H100 80GB HBM3"]), ("8xA100", ["NVIDIA A100-SXM4-80GB"])]
+)
+def test_rates_measured_here_are_those_of_such_devices(cluster: str, gpus: list[str]) -> None:
+    check_measured_here(load_job(JOBS / "quickstart.yaml", ["train.gpus_per_worker=1"] if gpus else []), cluster, gpus)
 
 
 def test_a_folder_says_how_large_a_teacher_is(tmp_path: Path) -> None:

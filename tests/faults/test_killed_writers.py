@@ -18,7 +18,9 @@ import pytest
 from orchestrator.errors import EnvironmentFault
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
-from tests.label_logs import labels_of, temporary_files, tokens_of
+from tests.label_logs import labels_of, temporary_files, tokens_of, verified
+
+pytestmark = pytest.mark.slice
 
 ERRNOS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE]
 
@@ -28,7 +30,7 @@ def test_temporary_files_are_invisible(log: LabelLog) -> None:
     for folder in ("data", "commits"):
         log.store.path(f"{log.folder}/{folder}/.tmp-0123456789ab").write_bytes(b'{"sha256":')
     assert log.missing([0, 1]) == [1]
-    assert log.all_committed() == log.verify() == [(0, record)]
+    assert log.all_committed() == verified(log) == [(0, record)]
 
 
 KILLED_WRITER = """
@@ -57,7 +59,7 @@ def test_a_writer_killed_anywhere_leaves_all_or_nothing(log: LabelLog, call: str
     assert log.missing([0]) == ([] if (call, nth) == ("fsync", 4) else [0]), "the second link is the commit"
     record = log.commit(0, tokens, labels_of(tokens, salt=0))
     assert log.read(0, record, tokens) == labels_of(tokens)
-    assert log.verify() == [(0, record)]
+    assert verified(log) == [(0, record)]
 
 
 class Fault:
@@ -133,7 +135,7 @@ def test_a_failing_disk_leaves_all_or_nothing(log: LabelLog, site: str, nth: int
     assert ("disk full" if code in (errno.ENOSPC, errno.EDQUOT) else os.strerror(code)) in str(caught.value)
     assert temporary_files(log.store) == []
     if (site, nth) == ("fsync", 4):  # the record is linked and whole; only that it would survive a power cut is unsure
-        assert log.verify() == [(0, log.committed(0))]
+        assert verified(log) == [(0, log.committed(0))]
     else:
         assert log.committed(0) is None
         assert log.missing([0]) == [0]

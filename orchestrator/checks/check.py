@@ -1,0 +1,76 @@
+"""Everything that a look can find before it costs time: the one list that `plan`, `doctor` and `run` go through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from orchestrator.checks.corpus import sample_findings
+from orchestrator.checks.finding import Finding, gathered
+from orchestrator.checks.machine import machine_findings
+from orchestrator.checks.models import MODEL_CHECKS, strange_ids
+from orchestrator.data.sample import Sample, read_sample
+from orchestrator.plan.make import Plan
+from orchestrator.runtime.machine import this_machine
+from orchestrator.spec.job import Job
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found of a job."""
+
+    findings: tuple[Finding, ...]
+    sample: Sample | None
+    """None for a corpus that cannot be read, or not without fetching it."""
+
+    @property
+    def warnings(self) -> list[str]:
+        return [finding.text for finding in self.findings if finding.refusal is None]
+
+    def refuse(self) -> None:
+        """Raise the first finding that a run would end with."""
+        refuse_first(self.findings)
+
+
+def check(plan: Plan) -> Checked:
+    """Look at models, corpus and machine; starts no Ray, imports no torch, fetches nothing."""
+    findings, samples = list(check_models(plan.job)), []
+
+    def corpus() -> Iterator[Finding]:
+        sample = read_sample(plan.job.data)
+        if sample is not None:
+            samples.append(sample)
+            yield from strange_ids(plan.job, sample.texts)
+            yield from sample_findings(plan, sample)
+
+    findings += gathered(corpus)
+    if plan.job.cluster.address == "local":
+        findings += gathered(lambda: machine_findings(plan, this_machine()))
+    findings.sort(key=lambda finding: finding.refusal is None)
+    return Checked(tuple(findings), samples[0] if samples else None)
+
+
+def check_models(job: Job) -> Iterator[Finding]:
+    """What holds wherever the job runs."""
+    for look in MODEL_CHECKS:
+        yield from gathered(partial(look, job))
+
+
+def refuse_first(findings: Iterable[Finding]) -> None:
+    """Raise the first of `findings` that a run would end with."""
+    for finding in findings:
+        if finding.refusal is not None:
+            raise finding.refusal(finding.text)
+
+
+def explain_checked(plan: Plan, checked: Checked) -> list[str]:
+    """Lines for a person: how much data there is, and what was found."""
+    lines: list[str] = []
+    if checked.sample is not None:
+        rows, about = checked.sample.rows(plan.job.data.seq_len), "" if checked.sample.whole else "more than "
+        documents = f"{about}{len(checked.sample.documents):,} documents"
+        lines.append(
+            f"data: {documents}, about {rows:,} windows; {plan.label_rows:,} rows are about {plan.label_rows / rows:.2g} passes"
+        )
+    return lines + [finding.line for finding in checked.findings]

@@ -1,0 +1,133 @@
+"""Every command, job snippet, program and link of docs/ does what it says.
+
+A page's blocks of ```bash are run in one directory, page after page as a reader would; those that need what is not here
+(```bash cluster, gpu, s3, install) are read by the command's own parser alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data import topics
+
+import pytest
+import typer
+
+from orchestrator.cli import app
+from orchestrator.spec.load import load_job
+from tests.field.cases import save_model, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+BIN = Path(sys.executable).parent
+PAGES = sorted(DOCS.glob("*.md"))
+STORY = ("own-text", "prompt-response", "own-teacher", "cluster", "gpu", "serve", "clean-up", "troubleshooting")
+"""Pages whose commands are run, each after those whose files it uses."""
+QUICK = ("train.steps=6", "train.warmup_steps=1", "evaluate.rows=4", "evaluate.baseline=false", "tracking.enabled=false")
+FROM_SCRATCH = ("teacher.train.steps=4", "teacher.train.warmup_steps=1", "teacher.train.workers=1")
+"""Makes a run a matter of seconds; everything else about it stays."""
+
+
+def blocks(page: Path, language: str) -> list[tuple[str, str]]:
+    """(marker, text) of the fenced blocks of `page` in `language`."""
+    return re.findall(rf"^```{language} ?(\w*)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """(marker, words) of every command line."""
+    for marker, block in blocks(page, "bash"):
+        for line in block.splitlines():
+            yield marker, shlex.split(line)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory a reader works in, with a folder of text, rows, and a teacher."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "notes").mkdir()
+    names = sorted(topics.topics)[:30]
+    for name in names:
+        (folder / "notes" / f"{name}.md").write_text(f"# {name}\n{topics.topics[name][:2500]}")
+    parts = [(name, part) for name in names for part in topics.topics[name].split("\n\n")[:10]]
+    write_jsonl(folder / "qa.jsonl", [{"question": f"What of {name}?", "answer": part} for name, part in parts])
+    save_model(folder / "teacher")
+    return folder
+
+
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    if words[0] == "distill" and words[1] in ("run", "sweep"):
+        own = "kind: transformers" in (folder / words[2]).read_text()
+        words = [*words, *(part for setting in (*QUICK, *(() if own else FROM_SCRATCH)) for part in ("--set", setting))]
+    program = str(BIN / words[0]) if (BIN / words[0]).exists() else words[0]
+    shell = shlex.join([program, *words[1:]]) if "*" not in " ".join(words) else " ".join(words)
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "RAY"))}
+    return subprocess.run(shell, shell=True, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("name", STORY)
+def test_commands_and_programs_of_a_page(name: str, desk: Path) -> None:
+    page = DOCS / f"{name}.md"
+    lines = [words for marker, words in commands(page) if not marker]
+    programs = [["python", "-c", text] for _, text in blocks(page, "python")]
+    assert lines or programs, "a page of the story has something to run"
+    for words in [*lines, *programs]:
+        done = run(words, desk)
+        assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr[-2000:]}"
+        assert "Traceback" not in done.stderr, shlex.join(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_are_known_to_the_command(page: Path) -> None:
+    distill = typer.main.get_command(app)
+    for _, words in commands(page):
+        if words[0] == "distill":
+            verb = distill.commands[words[1]]  # pyright: ignore[reportAttributeAccessIssue]
+            verb, rest = (verb.commands[words[2]], words[3:]) if hasattr(verb, "commands") else (verb, words[2:])
+            verb.make_context(shlex.join(words), rest)
+        if words[0] == "make":
+            assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def test_what_is_not_run_says_why() -> None:
+    for page in PAGES:
+        for marker, words in commands(page):
+            assert marker in ("", "cluster", "gpu", "s3", "install"), shlex.join(words)
+            assert marker or page.stem in STORY, f"{page.name}: {shlex.join(words)} is run by nobody"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_job_snippets_load(page: Path, tmp_path: Path) -> None:
+    for _, snippet in blocks(page, "yaml"):
+        sections = {"name": "name: snippet\n", "tokenizer": ""}
+        if "teacher: {kind: transformers" in snippet and "tokenizer" not in snippet:
+            sections["tokenizer"] = "data: {tokenizer: {kind: teacher}}\n"
+        (tmp_path / "job.yaml").write_text("".join(sections.values()) + snippet)
+        load_job(tmp_path / "job.yaml")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_pages_are_short() -> None:
+    long = {page.name: len(page.read_text().splitlines()) for page in PAGES if page.stem != "reference"}
+    assert max(long.values()) <= 80, json.dumps(long)
+
+
+def test_messages_of_the_troubleshooting_page_are_messages_of_the_code() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "orchestrator").rglob("*.py"))
+    rows = re.findall(r"^\| (`[^|]*`) \|", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    assert len(messages) > 12
+    for message in messages:
+        said = max(re.split(r" ?…,? ?|\b[A-Z]+\b|'", message), key=len).strip()
+        assert said in source, f"{message}: the code does not say {said!r}"
