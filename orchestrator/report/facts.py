@@ -43,9 +43,9 @@ def data_rows(report: Mapping[str, Any]) -> Rows:
     learnt = [("learnt of them, the rest is prompts", percent(data["target_share"]))] if data["target_share"] < 1 else []
     return [
         ("source", data["source"]),
-        ("documents", count(data["documents"])),
-        ("held out of them", count(data["heldout_documents"])),
-        ("skipped", count(data["skipped_documents"])),
+        ("training documents", count(data["documents"])),
+        ("held-out documents", count(data["heldout_documents"])),
+        ("skipped documents", count(data["skipped_documents"])),
         ("rows to train on", f"{count(data['rows'])} of {count(data['seq_len'])} tokens"),
         ("held-out rows", count(data["heldout_rows"])),
         ("tokens to train on", count(data["tokens"])),
@@ -77,7 +77,7 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
     """The same in few words."""
     data = report["data"]
     lines = [
-        f"Data: {count(data['documents'])} documents, {count(data['rows'])} rows of {count(data['seq_len'])} tokens, "
+        f"Data: {count(data['documents'])} training documents, {count(data['rows'])} rows of {count(data['seq_len'])} tokens, "
         f"{count(data['heldout_rows'])} held out, {count(data['dropped_tokens'])} tokens dropped"
     ]
     student = report["training"].get("student", {})
