@@ -96,7 +96,7 @@ class Run:
                 return  # the run ended before it did
             record.end(status, time.time() - self.started - record.started_s)
         self.exporter.finish(record.stage)
-        self.display.stage_finished(record.stage, record.status, record.seconds)
+        self.display.stage_finished(record.stage, record.status, record.seconds, record.figures)
         self.tracker.stage_finished(stage_id(record.stage, record.key), TRACKED[record.status], record.figures)
         self.save()
 
