@@ -88,7 +88,9 @@ def pretrain_teacher(run: Run, tokens: Tokens) -> ModelFolder:
     job = TrainingJob(
         "teacher", spec.model, tokens.manifest.vocab_size, spec.train, spec.seed, tokens.folder, tokens.manifest, soft=None
     )
-    return _train(run, tokens, job)
+    with side_by_side(run) as work:  # in a thread: on the main one Ray Train would take SIGINT for itself, and keep it
+        teacher = work.start(_train, run, tokens, job)
+    return teacher.result()
 
 
 def prepare_student(run: Run, tokens: Tokens, teacher: ModelFolder) -> Model | Initial:
