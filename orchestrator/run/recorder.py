@@ -221,8 +221,8 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
         from orchestrator.runtime.board import start_board
 
         run.board, run.exporter = start_board(), Exporter(run.directory.run)
-        stack.enter_context(_told_at_once(run))
         stack.enter_context(_monitor(run))
+        stack.enter_context(_told_at_once(run))
         yield run
 
 
