@@ -40,6 +40,7 @@ e2e: $(READY)
 
 # The generated part of docs/.
 docs: $(READY)
+	$(BIN)/distill schema > orchestrator/spec/job.schema.json
 	$(BIN)/distill schema --markdown > docs/reference.md
 
 # A wheel in an environment of its own, with everything it depends on; three jobs from an empty directory.

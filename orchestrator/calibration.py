@@ -72,7 +72,7 @@ def calibrated(job: Job, clock: Clock = time.perf_counter) -> Calibration:
     torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
     with tempfile.TemporaryDirectory() as scratch:
         backend = "nccl" if job.train.gpus_per_worker > 0 else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{scratch}/rendezvous", rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
             taught, teacher_flops_per_s = _lesson(job, shallow(teacher, DEPTHS[-1]), vocab, Path(scratch) / "teacher", clock)
             found: list[tuple[Decoder, StepTime]] = []
@@ -97,11 +97,11 @@ def shallow(model: Model, depth: int) -> Model:
 def step_time(job: TrainingJob, micro_batches: list[MicroBatch], clock: Clock = time.perf_counter) -> StepTime:
     """Median seconds of an optimizer step of `job`, every step on the same rows; the process group is there."""
     trainer = start_trainer(job)
-    schedule = ObjectiveSchedule(job.objective, job.train.steps, trainer.engine.device)
+    schedule = ObjectiveSchedule(job.objective, job.steps, trainer.engine.device)
     updates = _timed_updates(trainer.engine, clock)
     whole: list[float] = []
     update: list[float] = []
-    for step in range(job.train.steps):
+    for step in range(job.steps):
         before, started = len(updates), _settled(clock)
         train_step(trainer, job, schedule, step, micro_batches)
         whole.append(_settled(clock) - started)
@@ -150,7 +150,7 @@ def _training(job: Job, model: Model, vocab: int, teacher: Path) -> TrainingJob:
     rows = Batch.of(job.train).micro_rows
     parallel = job.train.parallel if isinstance(job.train.parallel, Zero) else Zero()
     alone: dict[str, Any] = {"parallel": parallel, "workers": 1, "global_batch": rows, "micro_batch": rows}
-    train: Train = job.train.model_copy(update=alone | {"steps": WARM + MEASURED, "warmup_steps": 1})
+    train: Train = job.train.model_copy(update=alone | {"steps": WARM + MEASURED, "epochs": None, "warmup_steps": 1})
     objective = job.objective.model_copy(update={"features": ()})
     manifest = TokenManifest.without_corpus(job.data.seq_len, vocab)
     soft = Soft("", _plain(job.labels), objective, str(teacher), job.teacher.dtype)

@@ -63,10 +63,7 @@ class Display:
     @contextmanager
     def open(self, where: str, plan: Plan) -> Iterator[None]:
         """Show the run of `plan`; `where` is its first and its last line."""
-        totals = {"student": plan.job.train.steps, "baseline": plan.job.train.steps}
-        if plan.teacher is not None:
-            totals["teacher"] = plan.job.teacher.train.steps  # type: ignore[union-attr]
-        self._rows = {s.name: _Row(total=totals.get(s.name, 0)) for s in plan.stages}
+        self._rows = {stage.name: _Row() for stage in plan.stages}
         self.say(where)
         try:
             if self._live_wanted:
@@ -116,7 +113,7 @@ class Display:
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 2))
-        marks = {"running": "●", "ran": "✓", "reused": "↺", "failed": "✗", "waiting": "·"}
+        marks = {"running": "●", "ran": "✓", "reused": "↺", "failed": "✗", "stopped": "■", "waiting": "·"}
         with self._mutex:
             for name, row in self._rows.items():
                 seconds = time.time() - row.started if row.status == "running" else row.seconds

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.checks.check import check
 from orchestrator.errors import DistillError, EnvironmentFault
-from orchestrator.plan.make import Plan, make_plan
+from orchestrator.plan.make import UNKNOWN_VOCABULARY, Plan, make_plan, vocabulary
 from orchestrator.runtime.environment import ray_token, tracking_uri
 from orchestrator.runtime.machine import this_machine
 from orchestrator.runtime.session import knock, ray_session
@@ -40,6 +40,7 @@ def examine(job: Job | None) -> Iterator[Finding]:
         plan = make_plan(job)
         for found in check(plan).findings:
             yield Finding(found.key, found.refusal is None, found.text.removeprefix(f"{found.key}: "))
+        yield look("models", lambda: _models(job))
         yield look("storage", lambda: _storage(plan))
         if job.cluster.address != "local":
             yield look("nodes", lambda: _nodes(plan))
@@ -93,6 +94,13 @@ def _tracking(uri: str) -> str:
         except OSError as error:
             raise EnvironmentFault(f"tracking.uri: nobody answers at {redact(uri)}: {error}") from error
     return redact(uri)
+
+
+def _models(job: Job) -> str:
+    from orchestrator.student.preflight import check_models
+
+    check_models(job, vocabulary(job) or UNKNOWN_VOCABULARY)
+    return "can be built and trained as asked"
 
 
 def _storage(plan: Plan) -> str:

@@ -63,7 +63,7 @@ class LockedError(DistillError):
     exit_code = 7
 
 
-class Terminated(BaseException):
+class Terminated(KeyboardInterrupt):
     """SIGTERM arrived: no error, and nothing that an `except Exception` should swallow."""
 
 

@@ -7,22 +7,27 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.plan.length import with_steps
 from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.run import Run
 from orchestrator.runtime.session import replicas_that_fit
 from orchestrator.spec.base import result_fields
 from orchestrator.spec.job import Job
-from orchestrator.spec.labels import kept_features
+from orchestrator.spec.labels import TopkLabels, kept_features
 from orchestrator.spec.model import Model, Replicas, TeacherBase, labelled_by, vllm_of
+from orchestrator.store.heldout import HeldoutLog
 from orchestrator.store.label_log import LabelLog, Ledger, Seal
 from orchestrator.store.records import ModelFolder, Tokens, finished_model
-from orchestrator.student.job import Ahead, Initial, Soft, TrainingJob
+from orchestrator.student.job import Ahead, Evaluation, Initial, Soft, TrainingJob
 from orchestrator.tracking import names
 
 if TYPE_CHECKING:
     from orchestrator.teacher.backend import Replica
     from orchestrator.teacher.labeller import Labelling
     from orchestrator.teacher.usage import Usage
+
+HELDOUT_IDS = 128
+"""Of a teacher's distribution on a held-out row, so many ids are told apart."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Demand:
     student: TrainingJob
     shards: list[int]
     """In the order in which training wants them."""
+    heldout: HeldoutLog | None
+    """Of the rows that training is evaluated on."""
 
 
 @dataclass(frozen=True)
@@ -61,30 +68,48 @@ def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | I
         "labels": result_fields(job.labels),
         "shape": shape,
     }
-    log = LabelLog.open(run.store, identity)
+    log, heldout = LabelLog.open(run.store, identity), _open_heldout(run, identity, vocab)
     student = TrainingJob(
         "student",
         start,
         vocab,
-        job.train,
+        with_steps(job.train, tokens.rows, "train"),
         job.seed,
         tokens.folder,
         tokens.manifest,
         Soft(log.key, job.labels, job.objective, teacher.address, job.teacher.dtype),
         Ahead(job.student.mtp_depth, job.student.mtp_weight) if job.student.mtp_depth else Ahead(),
+        Evaluation(job.evaluate.every, job.evaluate.every_rows, heldout) if job.evaluate.every else None,
     )
-    return Demand(log, student, student.demanded_shards())
+    return Demand(log, student, student.demanded_shards(), heldout)
+
+
+def _open_heldout(run: Run, identity: dict[str, Any], vocab: int) -> HeldoutLog | None:
+    """The log of what the same teacher says on the held-out rows that training is evaluated on.
+
+    As exact as top-k labels are worth; where a server answers, as exact as it was asked to be for training.
+    """
+    job = run.job
+    if job.evaluate.every is None:
+        return None
+    k = job.labels.k if isinstance(job.labels, TopkLabels) and vllm_of(job.teacher) else min(vocab, HELDOUT_IDS)
+    labels, rows = TopkLabels(kind="topk", k=k), job.evaluate.every_rows
+    own = {"labels": result_fields(labels), "heldout_rows": rows}
+    return HeldoutLog(LabelLog.open(run.store, identity | own).key, labels, rows)
 
 
 def label(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Labelled:
-    """Have the teacher pool label what is demanded and not yet in the log; seal the demand."""
+    """Have the teacher pool label what is demanded and not yet in the log; seal the demand.
+
+    The demand is that of all steps, also where the student's training may stop before them.
+    """
     log, shards = demand.log, demand.shards
     lineage = {"name": "tokens", "digest": tokens.manifest.content, "source": tokens.folder}
-    with run.stage("labels", log.key, {"labels": run.job.labels}, lineage) as stage:
+    with run.stage("labels", log.key, lineage) as stage:
         missing = log.missing(shards)
         run.display.expect("labels", len(shards))
         speed = blocked = None
-        if missing:
+        if missing or _unlabelled(run, demand):
             speed, blocked = _label_missing(run, tokens, teacher, demand, missing, stage.figures)
         else:
             stage.reuse()
@@ -95,7 +120,7 @@ def label(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
 
 def _label_missing(
     run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand, missing: list[int], figures: dict[str, float]
-) -> tuple[float, float]:
+) -> tuple[float | None, float | None]:
     """Tokens per second of the pool, and the share of its time in which it waited for the student.
 
     `figures` get the seconds of each replica.
@@ -116,11 +141,13 @@ def _label_missing(
     seq_len = tokens.manifest.seq_len
     position = {shard: i for i, shard in enumerate(demand.shards)}
     for receipt in label_shards(work, [(shard, position[shard]) for shard in missing], _pool_size(run.job), placement):
-        began = began or time.time() - receipt["seconds"]
-        done, rows, size = done + 1, rows + receipt["rows"], size + receipt["bytes"]
         lost = usage.add(receipt)
         if lost:
             run.warn("labels: a teacher replica was lost and replaced; its shard was labelled again")
+        if receipt["heldout"]:
+            continue
+        began = began or time.time() - receipt["seconds"]
+        done, rows, size = done + 1, rows + receipt["rows"], size + receipt["bytes"]
         metrics = {
             names.SHARDS_COMMITTED: done,
             names.LABEL_TOKENS: receipt["rows"] * seq_len,
@@ -129,10 +156,14 @@ def _label_missing(
             names.RESTARTS: float(lost),
         }
         run.record("labels", demand.log.key, done, metrics | _of_pool(receipt, usage))
-    assert began is not None
     for number, seconds in enumerate(usage.replicas.values()):
         figures |= {f"replica_{number}/{kind}_s": value for kind, value in asdict(seconds).items()}
-    return rows * seq_len / (time.time() - began), usage.blocked_fraction
+    return (rows * seq_len / (time.time() - began), usage.blocked_fraction) if began else (None, None)
+
+
+def _unlabelled(run: Run, demand: Demand) -> HeldoutLog | None:
+    """The held-out log, if there is nothing in it yet."""
+    return demand.heldout if demand.heldout and LabelLog(run.store, demand.heldout.key).missing([0]) else None
 
 
 def _of_pool(receipt: Mapping[str, Any], usage: Usage) -> dict[str, float]:
@@ -173,6 +204,7 @@ def _work(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
         micro_batch=spec.micro_batch,
         board=run.board,
         vllm=vllm_of(spec),
+        heldout=_unlabelled(run, demand),
     )
 
 

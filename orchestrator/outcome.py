@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.labelling import Labelled, replica_of
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.run import Run
-from orchestrator.runtime.versions import versions
+from orchestrator.runtime.versions import git_commit, versions
 from orchestrator.store.records import ModelFolder, Tokens
 
 if TYPE_CHECKING:
@@ -111,6 +109,7 @@ def export(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolder,
 
 def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[str, Any]:
     """report.json, report.html and summary.md in the run directory, and in MLflow."""
+    from orchestrator.report.build import verdict
     from orchestrator.report.build import write_report as write
     from orchestrator.report.timeline import bottleneck, lanes
 
@@ -127,11 +126,5 @@ def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[s
     with run.stage("report", fingerprint("report", report["fingerprints"])):
         for path in write(run.folder, report, run.points(), samples, run.shown_job()):
             run.tracker.artifact(path)
+    run.conclude(report, verdict(report))
     return report
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this code runs from; None for an installed package."""
-    here = Path(__file__).parent
-    result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None

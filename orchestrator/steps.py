@@ -18,7 +18,9 @@ from orchestrator.checks.check import refuse_first
 from orchestrator.data.prepare import identify_corpus, prepare_tokens, prepared_tokens
 from orchestrator.errors import SpecError
 from orchestrator.models.tokenizer import tokenizer_identity
+from orchestrator.plan.checkpoint import local_checkpoint
 from orchestrator.plan.fingerprint import fingerprint
+from orchestrator.plan.length import with_steps
 from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
 from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.run import Run
@@ -26,7 +28,7 @@ from orchestrator.runtime.session import check_resources
 from orchestrator.spec.job import Job
 from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, PrunedStudent, TransformersTeacher
 from orchestrator.store.records import ModelFolder, Tokens, finished_model
-from orchestrator.student.job import Initial, TrainingJob
+from orchestrator.student.job import Evaluation, Initial, TrainingJob
 
 ABORT_GRACE_S = 30.0
 
@@ -62,7 +64,8 @@ def fetch_teacher(run: Run) -> ModelFolder | None:
         teacher = fetch_teacher(run.store, spec)
         if isinstance(spec, TransformersTeacher):
             _tell_ignored_weights(run, "teacher.path", teacher.path)
-        refuse_first(look_at_models(_with_folder(run.job, teacher)))
+        if not (isinstance(spec, TransformersTeacher) and local_checkpoint(spec.path)):
+            _look_at_fetched(run, teacher)
         if spec.shards > 1:
             from orchestrator.models.build import outline
             from orchestrator.models.sharded import check_shards
@@ -72,10 +75,13 @@ def fetch_teacher(run: Run) -> ModelFolder | None:
     return teacher
 
 
-def _with_folder(job: Job, teacher: ModelFolder) -> Job:
-    """`job` with its teacher where it is now: what was not known of it before it was fetched."""
+def _look_at_fetched(run: Run, teacher: ModelFolder) -> None:
+    """Do what could not be done before the teacher was here; raises what a run would end with later."""
     local = TransformersTeacher(kind="transformers", path=str(teacher.path))
-    return job.model_copy(update={"teacher": local})
+    findings = list(look_at_models(run.job.model_copy(update={"teacher": local})))
+    refuse_first(findings)
+    for finding in findings:
+        run.warn(finding.text)
 
 
 def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:
@@ -84,7 +90,7 @@ def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:
     corpus = identify_corpus(run.job.data, None if teacher is None else teacher.address, identity)
     source = run.job.data.source
     lineage = {"name": source.kind, "digest": corpus.key, "source": source.model_dump_json()}
-    with run.stage("data", corpus.key, {"data": run.job.data}, lineage) as stage:
+    with run.stage("data", corpus.key, lineage) as stage:
         manifest = prepared_tokens(run.store, corpus)
         if manifest is None:
             manifest = prepare_tokens(run.store, corpus)
@@ -96,15 +102,27 @@ def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:
             f"{manifest.special_documents} documents contain the text of a special token; it was encoded as text "
             "(data.special_tokens_in_text: allow makes it that token)"
         )
-    return Tokens(corpus.folder, manifest)
+    tokens = Tokens(corpus.folder, manifest)
+    for section, train in run.job.trainings.items():
+        with_steps(train, tokens.rows, section)
+    return tokens
 
 
 def pretrain_teacher(run: Run, tokens: Tokens) -> ModelFolder:
     """Train the teacher here: a distillation run without a teacher."""
     spec = run.job.teacher
     assert isinstance(spec, PretrainTeacher)
+    every = run.job.evaluate.every
     job = TrainingJob(
-        "teacher", spec.model, tokens.manifest.vocab_size, spec.train, spec.seed, tokens.folder, tokens.manifest, soft=None
+        "teacher",
+        spec.model,
+        tokens.manifest.vocab_size,
+        with_steps(spec.train, tokens.rows, "teacher.train"),
+        spec.seed,
+        tokens.folder,
+        tokens.manifest,
+        soft=None,
+        evaluation=Evaluation(every, run.job.evaluate.every_rows, log=None) if every else None,
     )
     return _train(run, tokens, job)
 
@@ -122,7 +140,7 @@ def prepare_student(run: Run, tokens: Tokens, teacher: ModelFolder) -> Model | I
     origin = Origin(run.store, student, teacher, run.job.seed, f"{tokens.folder}/train", tokens.manifest)
     if not isinstance(student, PrunedStudent):
         _tell_ignored_weights(run, "student.path", origin.folder)
-    with run.stage("initial", origin.key, {"student": student}) as stage:
+    with run.stage("initial", origin.key) as stage:
         initial = finished_initial(origin)
         if initial is None:
             initial = make_initial(origin)
@@ -153,7 +171,8 @@ def train_baseline(run: Run, tokens: Tokens, student: TrainingJob) -> ModelFolde
 
 
 def _train(run: Run, tokens: Tokens, job: TrainingJob) -> ModelFolder:
-    with run.stage(job.stage, job.key, {"model": job.model, "train": job.train, "seed": job.seed}) as stage:
+    with run.stage(job.stage, job.key) as stage:
+        run.display.expect(job.stage, job.steps)
         model = finished_model(run.store, job.folder)
         if model is not None:
             stage.reuse()
@@ -161,6 +180,13 @@ def _train(run: Run, tokens: Tokens, job: TrainingJob) -> ModelFolder:
             from orchestrator.student.launch import train_model
 
             model = train_model(run.store, job, run.board, tokens.tokenizer, run.warn)
+            run.collect()  # so that the stage's last line has its last step
+            done = int(model.manifest.training["steps"])
+            if done < job.steps:
+                run.display.say(
+                    f"{job.stage}: stopped at step {done} of {job.steps}: the held-out cross entropy was not lower in "
+                    f"{job.train.patience} evaluations"
+                )
         stage.figures |= model.manifest.training
     return model
 

@@ -166,7 +166,12 @@ class Command:
 
     def interrupt(self) -> None:
         """What Ctrl-C sends."""
-        os.killpg(self._popen.pid, signal.SIGINT)
+        self.send(signal.SIGINT)
+
+    def send(self, number: signal.Signals) -> None:
+        """SIGINT to the process group, as a terminal sends it, another signal to the command alone; nothing if it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if number == signal.SIGINT else os.kill)(self._popen.pid, number)
 
     def kill(self) -> None:
         """SIGKILL to the process group of the command."""

@@ -11,6 +11,7 @@ from orchestrator.checks.finding import Finding, gathered
 from orchestrator.checks.machine import machine_findings
 from orchestrator.checks.models import MODEL_CHECKS, strange_ids
 from orchestrator.data.sample import Sample, read_sample
+from orchestrator.plan.length import steps_of
 from orchestrator.plan.make import Plan
 from orchestrator.runtime.machine import this_machine
 from orchestrator.spec.job import Job
@@ -70,7 +71,6 @@ def explain_checked(plan: Plan, checked: Checked) -> list[str]:
     if checked.sample is not None:
         rows, about = checked.sample.rows(plan.job.data.seq_len), "" if checked.sample.whole else "more than "
         documents = f"{about}{len(checked.sample.documents):,} documents"
-        lines.append(
-            f"data: {documents}, about {rows:,} windows; {plan.label_rows:,} rows are about {plan.label_rows / rows:.2g} passes"
-        )
+        read = steps_of(plan.job.train, rows) * plan.job.train.global_batch
+        lines.append(f"data: {documents}, about {rows:,} windows; {read:,} rows are about {read / rows:.2g} passes")
     return lines + [finding.line for finding in checked.findings]

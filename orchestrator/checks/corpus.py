@@ -9,6 +9,7 @@ from orchestrator.checks.finding import Finding
 from orchestrator.data.sample import BYTES_PER_TOKEN, Sample, count_tokens, too_small
 from orchestrator.data.split import Sized, split
 from orchestrator.plan.checkpoint import local_checkpoint
+from orchestrator.plan.length import steps_of
 from orchestrator.plan.make import Plan
 from orchestrator.spec.data import Data, TrainTokenizer
 from orchestrator.spec.job import Job
@@ -28,10 +29,15 @@ def sample_findings(plan: Plan, sample: Sample) -> Iterator[Finding]:
     job = plan.job
     if sample.whole:
         yield from _heldout(job, sample)
-    there, read = sample.rows(job.data.seq_len), plan.label_rows
+    there = sample.rows(job.data.seq_len)
+    read = steps_of(job.train, there) * job.train.global_batch
     if read > MANY_PASSES * there:
+        train = job.train
+        asked = (
+            f"steps: {train.steps} steps of {train.global_batch} rows" if train.steps else f"epochs: {train.epochs:g} epochs"
+        )
         yield Finding(
-            f"train.steps: {job.train.steps} steps of {job.train.global_batch} rows read the corpus, about {there:,} windows, "
+            f"train.{asked} read the corpus, about {there:,} windows, "
             f"about {read / there:,.0f} times; more than {MANY_PASSES} passes teach little"
         )
 

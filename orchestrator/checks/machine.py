@@ -159,7 +159,7 @@ def _disk(plan: Plan) -> Iterator[Finding]:
         return
     trained = (plan.student.params or 0) * (2 if plan.job.evaluate.baseline else 1)
     trained += (plan.teacher.params or 0) if plan.teacher else 0
-    models, need = MODEL_BYTES * trained, CHECKPOINT_BYTES * trained + plan.label_bytes_at_most
+    models, need = MODEL_BYTES * trained, CHECKPOINT_BYTES * trained + (plan.label_bytes_at_most or 0)
     if models > free:
         yield Finding(
             f"storage: disk full: the trained models take {_gib(models)}, {plan.storage} has {_gib(free)} free; take another",

@@ -9,7 +9,7 @@ from pathlib import Path
 from orchestrator.checks.finding import Finding
 from orchestrator.errors import EnvironmentFault, SpecError
 from orchestrator.models.hub import checkpoint_folder
-from orchestrator.plan.checkpoint import POSITION_TABLES, added_tokens, layers, local_checkpoint, positions, vocab_size
+from orchestrator.plan.checkpoint import added_tokens, check_positions, layers, local_checkpoint, vocab_size
 from orchestrator.plan.make import student_model, teacher_model, vocabulary
 from orchestrator.spec.job import Job
 from orchestrator.spec.labels import SampledLabels, TopkLabels
@@ -71,21 +71,22 @@ def vocabularies(job: Job) -> Iterator[Finding]:
 
 
 def position_tables(job: Job) -> Iterator[Finding]:
-    """Refuse windows that are longer than a model's table of positions; say so of those longer than it was trained on."""
+    """Refuse windows that are longer than a model's table of positions."""
     for key, model in _models(job):
-        most = positions(model)
-        if most is not None and most < job.data.seq_len:
-            name = POSITION_TABLES[model.type][0]
-            yield Finding(
-                f"data.seq_len: {job.data.seq_len}, but {key} ({model.type}) has {most} positions ({name}); "
-                f"set data.seq_len to {most} or less",
-                SpecError,
-            )
-        trained = model.config.get("max_position_embeddings")
-        if most is None and key == "teacher.path" and isinstance(trained, int) and trained < job.data.seq_len:
-            yield Finding(
-                f"data.seq_len: {job.data.seq_len}, but the teacher was trained for {trained} positions and is poor beyond them"
-            )
+        check_positions(model.type, model.config, job.data.seq_len, key)
+    yield from ()
+
+
+def trained_range(job: Job) -> Iterator[Finding]:
+    """Say so of windows longer than the teacher was trained on, where it can compute more positions."""
+    teacher = teacher_model(job)
+    trained = (
+        teacher.config.get("max_position_embeddings") if teacher and isinstance(job.teacher, TransformersTeacher) else None
+    )
+    if isinstance(trained, int) and trained < job.data.seq_len:
+        yield Finding(
+            f"data.seq_len: {job.data.seq_len}, but the teacher was trained for {trained} positions and is poor beyond them"
+        )
 
 
 def _models(job: Job) -> Iterator[tuple[str, Model]]:
@@ -142,5 +143,5 @@ def gpu_shares(job: Job) -> Iterator[Finding]:
             )
 
 
-MODEL_CHECKS = (checkpoints, vocabularies, position_tables, kept_layers, gpu_shares)
+MODEL_CHECKS = (checkpoints, vocabularies, position_tables, trained_range, kept_layers, gpu_shares)
 """What the job file and local folders say, on whatever machine the job is to run."""

@@ -16,12 +16,16 @@ from orchestrator.cli.experiments import experiments_app
 from orchestrator.cli.init import init
 from orchestrator.cli.labels import labels_app
 from orchestrator.cli.run import run_app
+from orchestrator.cli.runs import runs_app
 from orchestrator.cli.usage import Interrupted, explain, group
 from orchestrator.errors import DistillError, Terminated, find_user_error, one_line
+from orchestrator.runtime.environment import job_tags
+from orchestrator.runtime.signals import heed_signals
 
 app = group("distill", "Distil language models: a teacher pool writes soft labels, students learn from them.")
 app.command()(init)
 app.add_typer(run_app)
+app.add_typer(runs_app)
 app.add_typer(experiments_app)
 app.add_typer(labels_app)
 app.add_typer(cluster_app)
@@ -48,15 +52,13 @@ def distill(
 def main() -> None:
     """Run the command and end with the exit code that the contract gives its outcome."""
     args = sys.argv[1:]
-    again = shlex.join(["distill", *args])
+    heed_signals()
     try:
         sys.exit(app(args, prog_name="distill", standalone_mode=False))
-    except (KeyboardInterrupt, Interrupted, typer.Abort):
-        _say(f"interrupted; what is finished is kept, to go on: {again}")
-        sys.exit(130)
-    except Terminated:
-        _say(f"terminated; what is finished is kept, to go on: {again}")
-        sys.exit(143)
+    except (KeyboardInterrupt, Interrupted, typer.Abort) as stop:
+        terminated = isinstance(stop.__cause__ if isinstance(stop, Interrupted) else stop, Terminated)
+        _say_stopped("terminated" if terminated else "interrupted", args)
+        sys.exit(143 if terminated else 130)
     except typer.TyperException as error:
         _say(explain(error, app, args))
         sys.exit(2)
@@ -79,6 +81,15 @@ def _explain(error: Exception) -> int:
     logging.getLogger("orchestrator").debug("how it came to this", exc_info=error)
     _say(str(known))
     return known.exit_code
+
+
+def _say_stopped(how: str, args: list[str]) -> None:
+    """Print that the work of a command that was `how` is kept, and how to go on.
+
+    On a cluster the command is not the one that the user gave, and is left out.
+    """
+    again = "" if job_tags() else f": {shlex.join(['distill', *args])}"
+    print(one_line(f"{how}; what was done is kept; run the same job again to continue{again}"), file=sys.stderr)
 
 
 def _say(text: str) -> None:

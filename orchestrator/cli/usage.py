@@ -43,7 +43,7 @@ class Group(TyperGroup):
 
 
 class Interrupted(BaseException):
-    """Ctrl-C while a verb was at work."""
+    """Ctrl-C or SIGTERM while a verb was at work; its cause says which."""
 
 
 def group(name: str | None = None, help: str | None = None, **options: Any) -> typer.Typer:

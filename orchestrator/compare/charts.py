@@ -37,10 +37,12 @@ def is_dashed(index: int) -> bool:
 
 
 def charts(comparison: Comparison) -> dict[str, Chart]:
-    """All charts that the runs have data for: `reached`, `gap`, `heldout`, `ce`, `loss`."""
+    """All charts that the runs have data for: `reached`, `gap` or where there is no baseline `kl`, `heldout`, `ce`, `loss`."""
+    gap = _reached(comparison, BY_NAME["gap_recovered"])
     found = {
         "reached": _reached(comparison, BY_NAME["heldout_ce_nats"]),
-        "gap": _reached(comparison, BY_NAME["gap_recovered"]),
+        "gap": gap,
+        "kl": None if gap else _reached(comparison, BY_NAME["kl_to_teacher_nats"]),
         "heldout": _course(comparison, _HELDOUT_CE_NATS),
         "ce": _course(comparison, names.CE_NATS),
         "loss": None if _other_objectives(comparison) else _course(comparison, names.LOSS),

@@ -31,8 +31,8 @@ from orchestrator.models.router import active_parameters
 from orchestrator.plan.memory import head_rows
 from orchestrator.runtime.environment import limit_threads
 from orchestrator.store.files import Store, local_folder
+from orchestrator.store.heldout import measured_rows
 from orchestrator.store.records import TokenManifest
-from orchestrator.store.shards import read_tokens
 
 ECE_BINS = 15
 
@@ -98,18 +98,8 @@ class Heldout:
 
     def windows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Evenly from as many shards as `rows` allows: ids [rows, seq + 1], and which targets count [rows, seq]."""
-        shards = self.manifest.heldout
-        count = min(self.rows, len(shards))
-        chosen = [shards[i * len(shards) // count] for i in range(count)]
-        each, over = divmod(self.rows, count)
-        ids: list[npt.NDArray[np.int32]] = []
-        kept: list[npt.NDArray[np.bool_]] = []
-        for i, record in enumerate(chosen):
-            tokens = read_tokens(self.store, f"{self.data_folder}/heldout", record)
-            ids.append(tokens.ids[: each + (i < over)])
-            mask = np.ones_like(tokens.ids[:, 1:], dtype=np.bool_) if tokens.loss_mask is None else tokens.loss_mask
-            kept.append(mask[: each + (i < over)])
-        return torch.from_numpy(np.concatenate(ids)).long(), torch.from_numpy(np.concatenate(kept))
+        tokens = measured_rows(self.store, self.data_folder, self.manifest, self.rows)
+        return torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.counted())
 
 
 @dataclass(frozen=True)

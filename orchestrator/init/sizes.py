@@ -57,7 +57,7 @@ class Windows:
         return max(least, min(most, passes * self.train // GLOBAL_BATCH // 10 * 10))
 
 
-QUICKSTART = Windows(seq_len=256, heldout_fraction=0.05, train=PLENTY, heldout=128)
+QUICKSTART, QUICKSTART_VOCABULARY = Windows(seq_len=256, heldout_fraction=0.05, train=PLENTY, heldout=128), 4096
 """Of the standard library, which is the same everywhere."""
 
 

@@ -21,8 +21,8 @@ PROSE = (".md", ".markdown", ".txt", ".rst", ".adoc", ".org", ".tex")
 PROMPTS = ("prompt", "question", "instruction", "query", "input")
 RESPONSES = ("response", "answer", "output", "completion", "text", "content")
 CHATS = ("messages", "conversations", "conversation")
-SAMPLE_BYTES = 4 << 20
-"""What is read of a corpus to size a job; whatever is larger has plenty."""
+SAMPLE_BYTES, SAMPLE_DOCUMENTS = 4 << 20, 32
+"""What is read of a corpus to size a job, at least; whatever is larger has plenty."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,6 @@ class Sample:
     documents: tuple[Document, ...]
     undecodable: int
     """Documents beside these that are not UTF-8."""
-    whole: bool
-    """Whether this is all of the corpus."""
 
 
 def standard_library() -> Found:
@@ -113,19 +111,19 @@ def rows_found(path: str, prompt: str | None, response: str | None) -> Found:
 
 
 def read_sample(source: Source) -> Sample:
-    """The first `SAMPLE_BYTES` of the documents of `source`; raises `DataError` for what cannot be read."""
+    """Documents from the start of `source`; raises `DataError` for what cannot be read."""
     pieces = list_pieces(Data(source=source))
     documents: list[Document] = []
     taken = undecodable = 0
     for document in itertools.chain.from_iterable(read_piece(source, piece) for piece in pieces):
-        if taken >= SAMPLE_BYTES:
-            return Sample(tuple(documents), undecodable, whole=False)
+        if taken >= SAMPLE_BYTES and len(documents) >= SAMPLE_DOCUMENTS:
+            break
         taken += len(document.prompt) + len(document.text)
         if _decodes(document.prompt + document.text):
             documents.append(document)
         else:
             undecodable += 1
-    return Sample(tuple(documents), undecodable, whole=True)
+    return Sample(tuple(documents), undecodable)
 
 
 def lengths(tokenizer: Any, documents: Sequence[Document]) -> list[Length]:

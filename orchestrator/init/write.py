@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import JsonValue
 
 from orchestrator.errors import SpecError
-from orchestrator.init.sizes import QUICKSTART, Machine, Windows, cut, trained_tokenizer
+from orchestrator.init.sizes import QUICKSTART, QUICKSTART_VOCABULARY, Machine, Windows, cut, trained_tokenizer
 from orchestrator.init.teacher import TeacherFolder, pruned_student, share, small_student
 from orchestrator.init.text import Found, Sample, lengths, read_sample
 from orchestrator.plan.make import make_plan
@@ -84,10 +84,10 @@ def _measured(wanted: Wanted, sample: Sample | None) -> tuple[Windows, int | Non
     """The windows, and the size of the vocabulary where a tokenizer is to be trained."""
     from tokenizers import Tokenizer
 
-    longest = min(QUICKSTART.seq_len, wanted.teacher.positions or QUICKSTART.seq_len if wanted.teacher else QUICKSTART.seq_len)
+    positions = wanted.teacher.positions if wanted.teacher else None
+    longest = min(QUICKSTART.seq_len, positions or QUICKSTART.seq_len)
     if sample is None:
-        whole = QUICKSTART if longest == QUICKSTART.seq_len else Windows(longest, 0.05, QUICKSTART.train, QUICKSTART.heldout)
-        return whole, None if wanted.teacher else 4096
+        return replace(QUICKSTART, seq_len=longest), None if wanted.teacher else QUICKSTART_VOCABULARY
     if wanted.teacher is not None:
         return cut(lengths(Tokenizer.from_file(str(wanted.teacher.tokenizer)), sample.documents), longest), None
     tokenizer = trained_tokenizer(sample)

@@ -16,6 +16,8 @@ from orchestrator.spec.model import Model
 
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 
+NO_SPECIAL_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+
 READ_UNDECLARED = {"head_dim"}
 """Values that modelling files read of any configuration, though not every configuration class declares them."""
 
@@ -23,8 +25,8 @@ READ_UNDECLARED = {"head_dim"}
 def model_config(model: Model, vocab_size: int, section: str) -> PreTrainedConfig:
     """The transformers configuration of `model`; `section` names it in errors.
 
-    Its special ids are those of the class, but for padding: there is none in training, and the embedding of that id would
-    neither be drawn nor learnt. What is saved has the ids of the tokenizer.
+    It has no special ids: those of a class may lie beyond the vocabulary, and the row of a padding id would neither be drawn
+    nor learnt. What is saved has the tokenizer's.
 
     Raises `SpecError` for an unknown type, an unknown configuration key (which transformers would take silently), a
     vocabulary other than `vocab_size`, and whatever the configuration class itself refuses.
@@ -44,7 +46,7 @@ def model_config(model: Model, vocab_size: int, section: str) -> PreTrainedConfi
     if hasattr(default, "num_mtp_layers"):
         values.setdefault("num_mtp_layers", 0)  # DeepSeek-V3's default claims one that no class here builds
     try:
-        return AutoConfig.for_model(model.type, **values | {"pad_token_id": None})
+        return AutoConfig.for_model(model.type, **values | NO_SPECIAL_IDS)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise SpecError(f"{section}.model.config: {error}") from error
 

@@ -18,6 +18,7 @@ BY_STAGE = "run, stage"
 STAGE = "{{run}} {{stage}}"
 
 NO_DEATH = "no process has died"
+NO_EVALUATION = "evaluate.every is null"
 MOE_ONLY = "the student is no mixture of experts"
 
 
@@ -159,6 +160,13 @@ TRAINING = Dashboard(
                 _gauge(
                     names.MTP_LOSS, "Loss of predictions further ahead", "short", width=12, optional="student.mtp_depth is 0"
                 ),
+            ],
+        ),
+        Row(
+            "Held-out text",
+            [
+                _gauge(names.HELDOUT_CE_NATS, "Held-out cross entropy", "short", width=12, optional=NO_EVALUATION),
+                _gauge(names.HELDOUT_KL_NATS, "Held-out KL from the teacher", "short", width=12, optional=NO_EVALUATION),
             ],
         ),
         Row(

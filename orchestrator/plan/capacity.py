@@ -63,6 +63,8 @@ def given_rates(tflops: tuple[float, float]) -> Calibration:
 def workload(plan: Plan) -> Workload:
     """The job as far as its cost goes."""
     job = plan.job
+    if job.train.steps is None:
+        raise SpecError("train.epochs: how many steps they are is known once there are token shards; give train.steps here")
     models = models_of(job)
     student = _known(decoder_of(models.student, models.vocab_size), "student")
     teacher = _known(decoder_of(models.teacher, models.vocab_size), "teacher")

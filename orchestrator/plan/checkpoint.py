@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -55,13 +56,23 @@ def model_in(path: str, key: str) -> Model | None:
     return Model(type=str(config.get("model_type")), config={k: v for k, v in (text | config).items() if k != "model_type"})
 
 
-def positions(model: Model) -> int | None:
-    """The most positions that `model` can tell apart; None if it computes them."""
-    if model.type not in POSITION_TABLES:
+def positions(kind: str, config: Mapping[str, Any]) -> int | None:
+    """The most positions that a model can tell apart; None if it computes them."""
+    if kind not in POSITION_TABLES:
         return None
-    name, default = POSITION_TABLES[model.type]
-    given = model.config.get(name, model.config.get("max_position_embeddings", default))
+    name, default = POSITION_TABLES[kind]
+    given = config.get(name, config.get("max_position_embeddings"))
     return given if isinstance(given, int) else default
+
+
+def check_positions(kind: str, config: Mapping[str, Any], seq_len: int, key: str) -> None:
+    """Raise `SpecError` if windows of `seq_len` are longer than the table of positions of the model that `key` names."""
+    most = positions(kind, config)
+    if most is not None and most < seq_len:
+        raise SpecError(
+            f"data.seq_len: {seq_len}, but {key} ({kind}) has {most} positions ({POSITION_TABLES[kind][0]}); "
+            f"set data.seq_len to {most} or less"
+        )
 
 
 def vocab_size(model: Model) -> int | None:

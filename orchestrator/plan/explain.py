@@ -34,20 +34,25 @@ def explain(plan: Plan) -> str:
     lines += ["", "student", *_training_lines(plan.student)]
     if plan.job.train.precision == "fp8" and plan.job.train.gpus_per_worker == 0:
         lines.append("  fp8       emulated, for no GPU is asked for: rounds as fp8 does and is slower than bf16")
-    size = plan.label_bytes_at_most / 2**20
-    lines += ["", f"labels: {plan.label_rows:,} rows, {plan.job.labels.kind}, at most {size:,.0f} MiB"]
+    lines += ["", f"labels: {plan.job.labels.kind}, {_label_size(plan)}"]
     lines += ["", "deepspeed", json.dumps(plan.student.deepspeed, indent=2)]
     return "\n".join(lines)
+
+
+def _label_size(plan: Plan) -> str:
+    if plan.label_rows is None or plan.label_bytes_at_most is None:
+        return "as many rows as the student's epochs have"
+    return f"{plan.label_rows:,} rows, at most {plan.label_bytes_at_most / 2**20:,.0f} MiB"
 
 
 def _training_lines(training: Training) -> list[str]:
     b = training.batch
     factors = f"{b.ranks} data-parallel ranks x {b.accumulation} accumulation x {b.micro_rows} rows"
-    algebra = f"  batch     {b.global_rows} rows = {factors}"
+    algebra = [f"  batch     {b.global_rows} rows = {factors}", f"  length    {training.length}{_seen(training)}"]
     if training.memory is None:
         return [
             "  params    not known before the run: config.json is not here, or of a type that the planner cannot count",
-            algebra,
+            *algebra,
         ]
     m = training.memory
     parts = {
@@ -61,4 +66,10 @@ def _training_lines(training: Training) -> list[str]:
     }
     listed = " + ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts.items() if value >= 2**19)
     active = f", {training.active_params:,} active" if training.active_params != training.params else ""
-    return [f"  params    {training.params:,}{active}", algebra, f"  memory    {m.total / 2**20:,.0f} MiB a worker: {listed}"]
+    return [f"  params    {training.params:,}{active}", *algebra, f"  memory    {m.total / 2**20:,.0f} MiB a worker: {listed}"]
+
+
+def _seen(training: Training) -> str:
+    if training.rows_seen is None:
+        return "; steps, rows and tokens are known once there are token shards"
+    return f" = {training.rows_seen:,} rows seen, {training.tokens_seen:,} tokens"

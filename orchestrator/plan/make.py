@@ -12,6 +12,7 @@ from orchestrator.plan.checkpoint import model_in, vocab_size
 from orchestrator.plan.deepspeed_config import deepspeed_config
 from orchestrator.plan.footprint import Footprint, Rows, footprint
 from orchestrator.plan.layout import layout_of
+from orchestrator.plan.length import shown_length
 from orchestrator.plan.memory import label_bytes_per_token
 from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.plan.sizes import Decoder, decoder, with_mtp
@@ -38,6 +39,11 @@ class Training:
     """Of the worker that needs most."""
     on_gpu: bool
     deepspeed: dict[str, Any]
+    length: str
+    """As asked for."""
+    rows_seen: int | None
+    """Repeats included; None if it depends on how many rows there will be."""
+    tokens_seen: int | None
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,9 @@ class Plan:
     """None for one that exists already."""
     teacher_params: int | None
     """Of either kind; None if they are not known before the run."""
-    label_rows: int
-    """Rows the student reads, repeats included; each distinct one is labelled once."""
-    label_bytes_at_most: int
+    label_rows: int | None
+    """Rows the student reads, repeats included; each distinct one is labelled once. None: known once there are token shards."""
+    label_bytes_at_most: int | None
     cpu_slots: int
     """CPU slots of a local Ray."""
 
@@ -83,20 +89,20 @@ def make_plan(job: Job) -> Plan:
     """
     vocab, teaching = vocabulary(job), teacher_model(job)
     taught = decoder_of(teaching, vocab)
-    label_rows = job.train.steps * job.train.global_batch
+    student = _training(student_model(job), job.train, job.data.seq_len, vocab, job.student.mtp_depth)
     per_token = label_bytes_per_token(job.labels, vocab or UNKNOWN_VOCABULARY, _width(teaching))
     stages = _stages(job)
     slots = job.cluster.num_cpus or max(os.cpu_count() or 1, _concurrent_cpus(job))
     return Plan(
         job=job,
         stages=stages,
-        student=_training(student_model(job), job.train, job.data.seq_len, vocab, job.student.mtp_depth),
+        student=student,
         teacher=_training(job.teacher.model, job.teacher.train, job.data.seq_len, vocab)
         if isinstance(job.teacher, PretrainTeacher)
         else None,
         teacher_params=taught.total if taught else None,
-        label_rows=label_rows,
-        label_bytes_at_most=int(per_token * label_rows * job.data.seq_len),
+        label_rows=student.rows_seen,
+        label_bytes_at_most=None if student.tokens_seen is None else int(per_token * student.tokens_seen),
         cpu_slots=slots,
     )
 
@@ -138,18 +144,21 @@ def decoder_of(model: Model | None, vocab: int | None) -> Decoder | None:
 def _training(model: Model | None, train: Train, seq_len: int, vocab: int | None, mtp_depth: int = 0) -> Training:
     shape = decoder_of(model, vocab)
     batch, on_gpu = Batch.of(train), train.gpus_per_worker > 0
-    if shape is None:
-        return Training(None, batch, None, None, on_gpu, deepspeed_config(train))
-    rows = Rows(batch.micro_rows, batch.accumulation, seq_len)
-    memory = footprint(with_mtp(shape, mtp_depth), layout_of(train), rows, on_gpu)
-    return Training(shape.total, batch, shape.active, memory, on_gpu, deepspeed_config(train))
+    params = active = memory = None
+    if shape is not None:
+        rows = Rows(batch.micro_rows, batch.accumulation, seq_len)
+        memory = footprint(with_mtp(shape, mtp_depth), layout_of(train), rows, on_gpu)
+        params, active = shape.total, shape.active
+    seen = None if train.steps is None else train.steps * train.global_batch
+    tokens = None if seen is None else seen * seq_len
+    return Training(params, batch, active, memory, on_gpu, deepspeed_config(train), shown_length(train), seen, tokens)
 
 
 def _stages(job: Job) -> tuple[Stage, ...]:
     teacher, train = job.teacher, job.train
     stages = [Stage("data", f"{job.data.source.kind} text to windows of {job.data.seq_len} tokens", 1, 0)]
     if isinstance(teacher, PretrainTeacher):
-        stages.append(_training_stage("teacher", f"train from scratch, {teacher.train.steps} steps", teacher.train))
+        stages.append(_training_stage("teacher", f"train from scratch, {shown_length(teacher.train)}", teacher.train))
     else:
         stages.insert(0, Stage("teacher", f"fetch and hash ({teacher.kind})", 0, 0))
     if not isinstance(job.student, ConfigStudent):
@@ -159,7 +168,7 @@ def _stages(job: Job) -> tuple[Stage, ...]:
     spread = f" of {replica.shards} shards" if replica.shards > 1 else ""
     pool = f"{job.labels.kind}, by {least} to {most} teacher actors{spread}"
     stages.append(Stage("labels", pool, least * each["CPU"], least * each["GPU"]))
-    stages.append(_training_stage("student", f"{train.steps} steps, following the labels as they are written", train))
+    stages.append(_training_stage("student", f"{shown_length(train)}, following the labels as they are written", train))
     if job.evaluate.baseline:
         stages.append(_training_stage("baseline", "the same student on hard labels alone", train))
     stages.append(Stage("evaluate", f"up to {job.evaluate.rows} held-out windows", 1, 0))

@@ -13,6 +13,7 @@ WSD_DECAY = 0.2
 
 def learning_rate(train: Train, step: int) -> float:
     """Learning rate of optimizer step `step` (0-based): linear warm-up, then the schedule down to the final share."""
+    assert train.steps is not None
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps
     if train.schedule == "constant":

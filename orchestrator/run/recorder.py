@@ -6,61 +6,37 @@ import json
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
-
 from orchestrator.display import Display
-from orchestrator.errors import SpecError, Terminated, find_user_error, one_line
+from orchestrator.errors import find_user_error, one_line
 from orchestrator.plan.explain import as_dict
 from orchestrator.plan.make import Plan
 from orchestrator.run.directory import RUN, claim_directory
-from orchestrator.runtime.environment import job_tags, tracking_uri
+from orchestrator.run.record import Fault, RunStatus, StageRecord, ended_by
+from orchestrator.run.tracking import NOTE, description, final_figures, start_tracker, without_password
 from orchestrator.runtime.session import ray_session
-from orchestrator.spec.job import Job
+from orchestrator.runtime.signals import signals_heeded
 from orchestrator.spec.load import resolved_yaml
-from orchestrator.store.files import StillOurs, Store, open_store, storage_faults
-from orchestrator.store.local import LocalStore
-from orchestrator.tracking.mlflow_tracker import Tracker, redact, run_url
+from orchestrator.store.files import StillOurs, open_store, storage_faults
+from orchestrator.tracking.mlflow_tracker import PARENT, Status, Tracker
 from orchestrator.tracking.names import SHARDS_STARTED, metric_of, stage_id
 from orchestrator.tracking.spool import Spool
+from orchestrator.tracking.system import system_metrics
 
 METRICS, OUTBOX = "metrics.jsonl", "tracking.json"
 """Files of the run directory that are written on and on."""
 MONITOR_EVERY_S = 0.5
 TRACKER_DRAIN_S = 15.0
-
-
-@dataclass
-class StageRecord:
-    """What run.json says of a stage."""
-
-    stage: str
-    key: str
-    started_s: float
-    """Seconds since the run began."""
-    seconds: float = 0.0
-    status: str = "running"
-    figures: dict[str, float] = field(default_factory=dict)
-    """What the stage measured, for tracking."""
-
-    def reuse(self) -> None:
-        """Say that the result was there already."""
-        self.status = "reused"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something that went wrong and was got over, or that ended an attempt of the run."""
-
-    attempt: int
-    """Counts from 1; a run that was killed or failed goes on in another attempt."""
-    time_s: float
-    """Seconds since that attempt began."""
-    text: str
+TRACKED: Mapping[str, Status] = {
+    **dict.fromkeys(("finished", "ran", "reused"), "FINISHED"),
+    "stopped": "KILLED",
+    "failed": "FAILED",
+}
+"""MLflow's words for how a run or a stage ended."""
 
 
 class Run:
@@ -80,43 +56,63 @@ class Run:
         self.seconds_before = 0.0
         """Of earlier attempts."""
         self.stages: dict[str, StageRecord] = {}
+        self._going: dict[str, StageRecord] = {}
+        """Stages that have not ended."""
         self.attempt = 1
-        self.status: Literal["running", "stopped", "failed", "finished"] = "running"
+        self.status: RunStatus = "running"
         self.faults: list[Fault] = []
         """Of this attempt and of those before it that did not finish."""
-        self._mutex = threading.Lock()
+        self._mutex, self._collecting = threading.Lock(), threading.Lock()
         self.board: Any = None
         self.exporter: Any = None
         self.spool: Spool
         self.tracker: Tracker
 
     @contextmanager
-    def stage(
-        self, name: str, key: str, params: Mapping[str, Any] | None = None, dataset: Mapping[str, str] | None = None
-    ) -> Generator[StageRecord]:
-        """Keep the books on one stage: its time, its fingerprint `key`, whether it ran, was reused, or failed.
+    def stage(self, name: str, key: str, dataset: Mapping[str, str] | None = None) -> Generator[StageRecord]:
+        """Record one stage: its time, its fingerprint `key`, whether it ran, was reused, was stopped, or failed.
 
         `dataset` (name, digest, source) is what the stage reads, for the lineage.
         """
         record = StageRecord(name, key, started_s=time.time() - self.started)
         with self._mutex:
-            self.stages[name] = record
-        identity = stage_id(name, key)
-        self.tracker.stage_started(identity, flat(params or {}) | {"fingerprint": key}, dataset)
+            self.stages[name] = self._going[name] = record
+        self.tracker.stage_started(stage_id(name, key), {"fingerprint": key}, dataset)
+        if dataset is not None:
+            self.tracker.dataset(dataset)
         self.display.stage_started(name)
         self.exporter.start(name)
         try:
             yield record
-        except BaseException:
-            record.status = "failed"
+        except BaseException as error:
+            self._end_stage(record, ended_by(error))
             raise
-        finally:
-            record.seconds = time.time() - self.started - record.started_s
-            record.status = "ran" if record.status == "running" else record.status
-            self.exporter.finish(name)
-            self.display.stage_finished(name, record.status, record.seconds)
-            self.tracker.stage_finished(identity, "FAILED" if record.status == "failed" else "FINISHED", record.figures)
-            self.save()
+        else:
+            self._end_stage(record, "ran")
+
+    def _end_stage(self, record: StageRecord, status: Literal["ran", "stopped", "failed"]) -> None:
+        with self._mutex:
+            if self._going.pop(record.stage, None) is None:
+                return  # the run ended before it did
+            record.end(status, time.time() - self.started - record.started_s)
+        self.exporter.finish(record.stage)
+        self.display.stage_finished(record.stage, record.status, record.seconds)
+        self.tracker.stage_finished(stage_id(record.stage, record.key), TRACKED[record.status], record.figures)
+        self.save()
+
+    def end(self, error: BaseException) -> None:
+        """Say at once, before anything is closed, that `error` ended the run, and that with it the stages stopped."""
+        if self.status != "running":
+            return
+        self.status = ended_by(error)
+        for record in list(self._going.values()):
+            self._end_stage(record, "stopped")
+        self.tracker.end(TRACKED[self.status])
+
+    def conclude(self, report: Mapping[str, Any], verdict: str) -> None:
+        """Tell MLflow the figures of the finished run, and in words what came of it."""
+        self.tracker.summary(final_figures(report))
+        self.tracker.tags({NOTE: f"{description(self.job)}\n\n{verdict}"})
 
     def warn(self, text: str) -> None:
         """Say what went wrong and was got over, and keep it for the report."""
@@ -152,8 +148,9 @@ class Run:
 
         from orchestrator.runtime.board import STUDENT_SHARDS
 
-        points, warnings = ray.get([self.board.take.remote(), self.board.take_warnings.remote()])
-        self._keep(points)
+        with self._collecting:  # points of one call are kept before those of the next
+            points, warnings = ray.get([self.board.take.remote(), self.board.take_warnings.remote()])
+            self._keep(points)
         for text in warnings:
             self.warn(text)
         started = self.progress().get(f"student.{STUDENT_SHARDS}")
@@ -205,28 +202,32 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
     run = Run(plan, display)
     key = run.directory.key
     with ExitStack() as stack:
+        stack.enter_context(signals_heeded())
         run.still_ours = stack.enter_context(run.store.exclusive(f"{key}/lock"))
-        stack.enter_context(_books(run))
+        stack.enter_context(_attempt(run))
         run.folder = stack.enter_context(run.store.workspace(key, (METRICS, OUTBOX), run.still_ours))
         run.store.replace(f"{key}/job.yaml", run.shown_job().encode(), private=True)
         shown = as_dict(replace(plan, job=without_password(plan.job))) | {"run_directory": run.store.address(key)}
         run.store.replace(f"{key}/plan.json", json.dumps(shown, indent=1).encode(), private=True)
         run.spool = Spool(run.folder / METRICS)
-        run.tracker, address = _tracker(run)
+        run.tracker, address = start_tracker(run, run.folder / OUTBOX)
         where = f"run {run.store.address(key)}  mlflow {address}"
         stack.enter_context(display.open(where, plan))
-        stack.callback(_close_tracker, run)
+        stack.enter_context(_tracked_to_the_end(run))
+        if plan.job.tracking.enabled:
+            stack.enter_context(system_metrics(run.spool, PARENT, run.first_started))
         stack.enter_context(ray_session(plan.job.cluster, plan.cpu_slots))
         from orchestrator.monitoring.exporter import Exporter
         from orchestrator.runtime.board import start_board
 
         run.board, run.exporter = start_board(), Exporter(run.directory.run)
+        stack.enter_context(_told_at_once(run))
         stack.enter_context(_monitor(run))
         yield run
 
 
 @contextmanager
-def _books(run: Run) -> Iterator[None]:
+def _attempt(run: Run) -> Iterator[None]:
     """Go on with the faults of an attempt that did not finish, and say at the end how this one did."""
     before: dict[str, Any] = run.store.read_json(f"{run.directory.key}/{RUN}") or {}
     run.first_started = before.get("started_s", run.started)
@@ -241,7 +242,7 @@ def _books(run: Run) -> Iterator[None]:
         yield
         run.status = "finished"
     except BaseException as error:
-        run.status = "stopped" if isinstance(error, KeyboardInterrupt | Terminated) else "failed"
+        run.status = ended_by(error)
         reason = str(find_user_error(error) or f"{type(error).__name__}: {error}".rstrip(": "))
         run.note(one_line(f"attempt {run.attempt} ended: {reason}"))
         raise
@@ -249,37 +250,25 @@ def _books(run: Run) -> Iterator[None]:
         run.save()
 
 
-def _tracker(run: Run) -> tuple[Tracker, str]:
-    tracking = run.job.tracking
-    uri = tracking.uri or tracking_uri() or (_own_database(run.store) if tracking.enabled else "")
-    own = uri.startswith("sqlite:") and isinstance(run.store, LocalStore)
-    tracker = Tracker(
-        uri=uri,
-        experiment=tracking.experiment,
-        run_name=run.directory.run,
-        spool_path=run.spool.path,
-        state_path=run.folder / OUTBOX,
-        tags={"run_directory": run.store.address(run.directory.key), "seed": str(run.job.seed), **job_tags()},
-        artifact_location=Path(run.store.address("mlartifacts")).as_uri() if own else None,
-        warn=run.warn,
-        enabled=tracking.enabled,
-    )
-    tracker.start()
-    return tracker, run_url(uri) if tracking.enabled else "off"
+@contextmanager
+def _tracked_to_the_end(run: Run) -> Iterator[None]:
+    """Tell MLflow how the run ended, and give it `TRACKER_DRAIN_S` to take everything."""
+    try:
+        with _told_at_once(run):
+            yield
+        run.status = "finished"
+    finally:
+        run.tracker.close(TRACKED[run.status], TRACKER_DRAIN_S)
 
 
-def _own_database(store: Store) -> str:
-    if not isinstance(store, LocalStore):
-        raise SpecError(
-            f"tracking.uri: {store.address()} cannot hold MLflow's database; give the address of an MLflow server there or in "
-            "MLFLOW_TRACKING_URI, or set tracking.enabled: false"
-        )
-    return f"sqlite:///{store.address('mlflow.db')}"
-
-
-def _close_tracker(run: Run) -> None:
-    failed = any(record.status == "failed" for record in run.stages.values())
-    run.tracker.close("FAILED" if failed else "FINISHED", TRACKER_DRAIN_S)
+@contextmanager
+def _told_at_once(run: Run) -> Iterator[None]:
+    """Tell MLflow of a failure or a stop before Ray is shut down: whoever stops a run may kill it seconds later."""
+    try:
+        yield
+    except BaseException as error:
+        run.end(error)
+        raise
 
 
 @contextmanager
@@ -301,24 +290,16 @@ def _monitor(run: Run) -> Iterator[None]:
     thread.start()
     try:
         yield
-    finally:
+    except BaseException as error:
         stop.set()
         thread.join()
-        if failures:
-            raise failures[0]
-        run.collect()
-
-
-def without_password(job: Job) -> Job:
-    """`job` as others may see it."""
-    uri = job.tracking.uri
-    return job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": redact(uri)})}) if uri else job
-
-
-def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level of dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in params.items():
-        value = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
+        if failures and ended_by(error) == "failed":
+            raise failures[0] from error
+        with suppress(Exception):  # what ended the run is to be known, not what followed from it
+            run.collect()
+        raise
+    stop.set()
+    thread.join()
+    if failures:
+        raise failures[0]
+    run.collect()

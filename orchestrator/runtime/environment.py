@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import secrets
 import sys
@@ -79,6 +80,7 @@ def prepare_ray(local: bool) -> None:
     os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives the session would start a second Ray
 
 
 def ray_token() -> str | Path | None:
@@ -127,6 +129,14 @@ def job_server_url(address: str | None) -> str:
     asked = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "127.0.0.1:8265"
     os.environ["RAY_API_SERVER_ADDRESS"] = asked if "://" in asked else f"http://{asked}"
     return os.environ["RAY_API_SERVER_ADDRESS"]
+
+
+def user_name() -> str | None:
+    """Who runs this process; None in a container that does not know its user."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return None
 
 
 def job_tags() -> dict[str, str]:

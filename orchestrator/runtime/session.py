@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
-from orchestrator.errors import EnvironmentFault, Terminated
+from orchestrator.errors import EnvironmentFault
 from orchestrator.runtime.environment import prepare_ray
+from orchestrator.runtime.signals import heed_signals, signals_heeded, undisturbed
 from orchestrator.spec.job import Cluster
 
 CONNECT_S = 5.0
@@ -27,22 +25,18 @@ def ray_session(cluster: Cluster, cpu_slots: int) -> Generator[None]:
     """
     prepare_ray(local=cluster.address == "local")
     import ray
-    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         yield
         return
-    try:
-        _connect(ray, cluster, cpu_slots)
-    except AuthenticationError as error:
-        raise EnvironmentFault(f"cluster.address: Ray at {cluster.address} answers 401: token absent or wrong") from error
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise EnvironmentFault(f"cluster.address: cannot reach Ray at {cluster.address}: {error}") from error
-    _raise_on_sigterm()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with signals_heeded():
+        try:
+            _connect(ray, cluster, cpu_slots)
+            heed_signals()  # again: Ray installs a handler of SIGTERM that ends the process itself
+            yield
+        finally:
+            with undisturbed():  # a shutdown that is broken off leaves processes behind
+                ray.shutdown()
 
 
 def knock(host: str, port: int) -> None:
@@ -100,17 +94,18 @@ def replicas_that_fit(each: dict[str, float], beside: dict[str, float]) -> int:
     return min(int((have[kind] - beside[kind]) // amount) for kind, amount in each.items() if amount)
 
 
-def _raise_on_sigterm() -> None:
-    """Turn SIGTERM into `Terminated`; after connecting, because Ray installs a handler that ends the process itself."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
-
-
-def _terminated(_signal: int, _frame: FrameType | None) -> None:
-    raise Terminated
-
-
 def _connect(ray: Any, cluster: Cluster, cpu_slots: int) -> None:
+    from ray.exceptions import AuthenticationError
+
+    try:
+        _init(ray, cluster, cpu_slots)
+    except AuthenticationError as error:
+        raise EnvironmentFault(f"cluster.address: Ray at {cluster.address} answers 401: token absent or wrong") from error
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise EnvironmentFault(f"cluster.address: cannot reach Ray at {cluster.address}: {error}") from error
+
+
+def _init(ray: Any, cluster: Cluster, cpu_slots: int) -> None:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if cluster.address == "local":
         ray.init(address="local", num_cpus=cpu_slots, include_dashboard=cluster.dashboard, **common)

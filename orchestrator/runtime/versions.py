@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -38,3 +39,9 @@ def code_digest() -> str:
     for file in sorted(PACKAGE_FOLDER.rglob("*.py")):
         digest.update(file.relative_to(PACKAGE_FOLDER).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this code runs from; None for an installed package."""
+    result = subprocess.run(["git", "-C", PACKAGE_FOLDER, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None

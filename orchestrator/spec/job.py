@@ -23,6 +23,11 @@ class Evaluate(Spec):
     baseline: bool = True
     """Also train the same student on hard labels alone; without it "distillation worked" is no statement."""
     micro_batch: Annotated[int, NO_RESULT] = Field(default=8, ge=1)
+    every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations of a model while it trains, and one after the last; null: none. Held-out cross entropy, and KL
+    from the teacher, of the student, the baseline and a teacher that is trained here."""
+    every_rows: int = Field(default=16, ge=1)
+    """Held-out windows of these evaluations, the same each time; others than those of `rows`, where there are enough."""
 
 
 class Export(Spec):
@@ -66,6 +71,12 @@ class Job(Spec):
     tracking: Annotated[Tracking, NO_RESULT] = Tracking()
     cluster: Annotated[Cluster, NO_RESULT] = Cluster()
 
+    @property
+    def trainings(self) -> dict[str, Train]:
+        """What is trained, by the key of its section; the baseline is trained as the student."""
+        found = {"train": self.train}
+        return found | {"teacher.train": self.teacher.train} if isinstance(self.teacher, PretrainTeacher) else found
+
     @field_validator("storage")
     @classmethod
     def _known_storage(cls, storage: str) -> str:
@@ -89,6 +100,19 @@ class Job(Spec):
             ):
                 if asked:
                     raise ValueError(f"{what}; train.parallel.kind pipeline spreads them: use zero (stage 3 for large models)")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_serves_training(self) -> Job:
+        for section, train in self.trainings.items():
+            chosen = "keep: best" if train.keep == "best" else f"patience: {train.patience}" if train.patience else None
+            if chosen and self.evaluate.every is None:
+                raise ValueError(f"{section}.{chosen} goes by evaluations during training: give evaluate.every")
+            if self.evaluate.every is not None and isinstance(train.parallel, Pipeline):
+                raise ValueError(
+                    f"evaluate.every: {section}.parallel.kind pipeline has no pass but a training step; use zero (stage 3 for "
+                    "large models)"
+                )
         return self
 
     @model_validator(mode="after")

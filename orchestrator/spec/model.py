@@ -13,7 +13,7 @@ from orchestrator.spec.train import Train
 class Model(Spec):
     """A decoder built from scratch: a transformers model type and its configuration values.
 
-    `vocab_size` follows from the tokenizer and may be left out; where given it must agree.
+    `vocab_size` follows from the tokenizer and may be left out; where given it must agree. Special ids are the tokenizer's.
     """
 
     type: str = "llama"

@@ -85,7 +85,7 @@ def _default(node: Node) -> str:
     value: Any = node.get("default")
     if isinstance(value, dict):
         return f"kind `{value['kind']}`" if "kind" in value else ""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
+    if value and "discriminator" in node.get("items", {}):
         return ", ".join(f"kind `{item['kind']}`" for item in value)
     return f"`{json.dumps(value)}`"
 
@@ -94,9 +94,9 @@ def _referred(node: Node) -> Iterator[str]:
     """Names of the sections that may stand at `node`."""
     if "$ref" in node:
         yield _name(node["$ref"])
-    for inner in (*node.get("anyOf", ()), *node.get("oneOf", ()), node.get("items"), *node.get("prefixItems", ())):
-        if isinstance(inner, dict):
-            yield from _referred(inner)
+    inner: list[Node] = [*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("prefixItems", ())]
+    for option in [*inner, node["items"]] if "items" in node else inner:
+        yield from _referred(option)
 
 
 def _kinds(section: Node) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -53,9 +53,18 @@ class Expert(Spec):
 Parallel = Annotated[Zero | Pipeline | Expert, Field(discriminator="kind")]
 
 
+DEFAULT_STEPS = 100
+
+
+def _steps_unless_epochs(given: dict[str, Any]) -> int | None:
+    return DEFAULT_STEPS if given.get("epochs") is None else None
+
+
 class Train(Spec):
-    steps: int = Field(default=100, ge=1)
-    """Optimizer steps."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows, as in 0.5 or 3, in place of `steps`; the last step is a whole one."""
+    steps: int | None = Field(default_factory=_steps_unless_epochs, ge=1, json_schema_extra={"default": DEFAULT_STEPS})
+    """Optimizer steps; null where `epochs` say how many."""
     global_batch: int = Field(default=16, ge=1)
     """Rows in one optimizer step, over all workers."""
     micro_batch: Annotated[int, NO_RESULT] = Field(default=8, ge=1)
@@ -85,10 +94,24 @@ class Train(Spec):
     gpus_per_worker: Annotated[float, NO_RESULT] = Field(default=0, ge=0)
     checkpoint_every: Annotated[int, NO_RESULT] = Field(default=50, ge=1)
     """Steps between checkpoints; what a killed run repeats at most."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights training ends with; best: those of the evaluation (`evaluate.every`) with the least held-out cross
+    entropy."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations in a row without a better one; null: never. The learning rate is scheduled, and labels are
+    made, for all steps nevertheless."""
     max_restarts: Annotated[int, NO_RESULT] = Field(default=3, ge=0)
     """Worker deaths that are made good before the run stops (and can be resumed)."""
     placement_timeout_s: Annotated[float, NO_RESULT] = Field(default=600, gt=0)
     """How long the workers may wait for room on the cluster before the run gives up; in steps of a minute, Ray Train's."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps {self.steps} and epochs {self.epochs:g} are both given; give one of them")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps is null and epochs is not given; give one of them")
+        return self
 
     @property
     def data_parallel(self) -> int:
@@ -126,6 +149,6 @@ class Train(Spec):
             raise ValueError(
                 f"precision {self.precision} needs parallel.stage 1 or more: below it DeepSpeed has no exact master weights"
             )
-        if self.warmup_steps > self.steps:
+        if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
         return self

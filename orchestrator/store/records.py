@@ -103,6 +103,11 @@ class Tokens:
     manifest: TokenManifest
 
     @property
+    def rows(self) -> int:
+        """Training rows."""
+        return sum(self.manifest.shard_rows)
+
+    @property
     def tokenizer(self) -> str:
         return f"{self.folder}/tokenizer"
 
@@ -120,11 +125,6 @@ class ModelManifest(Record):
     def content(self) -> str:
         """Hex identity of weights, configuration and tokenizer."""
         return fingerprint("model", {name: record.sha256 for name, record in self.files.items()})
-
-    @property
-    def weights(self) -> str:
-        """Hex identity of the weight files alone."""
-        return fingerprint("weights", {n: r.sha256 for n, r in self.files.items() if n.endswith(".safetensors")})
 
 
 @dataclass(frozen=True)

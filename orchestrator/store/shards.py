@@ -103,6 +103,15 @@ class TokenShard:
         mask = _matrix(table, "loss_mask").astype(np.bool_) if "loss_mask" in table.column_names else None
         return cls(binary_column(table, "row_id"), _matrix(table, "ids").astype(np.int32), mask)
 
+    def counted(self) -> npt.NDArray[np.bool_]:
+        """Which targets count, [rows, seq_len]: all but those of a prompt."""
+        return np.ones_like(self.ids[:, 1:], dtype=np.bool_) if self.loss_mask is None else self.loss_mask
+
+    def rows(self, some: slice) -> TokenShard:
+        """Some of its rows."""
+        mask = None if self.loss_mask is None else self.loss_mask[some]
+        return TokenShard(self.row_ids[some], self.ids[some], mask)
+
     def ids_sha256(self) -> list[bytes]:
         """First 16 bytes of the SHA-256 of each row's ids, little-endian int32."""
         return [hashlib.sha256(row.astype("<i4").tobytes()).digest()[:ROW_ID_BYTES] for row in self.ids]

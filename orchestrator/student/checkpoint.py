@@ -23,6 +23,7 @@ from orchestrator.errors import EnvironmentFault, IntegrityError
 from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.store.files import Store
 from orchestrator.store.records import MANIFEST, FileRecord, Record, contents_beside_manifest
+from orchestrator.student.best import Selection
 from orchestrator.student.universal import check_elastic, drop_universal, load_universal, make_universal, universal_key
 
 KEPT = 2
@@ -38,11 +39,14 @@ class CheckpointManifest(Record):
     files: dict[str, FileRecord]
 
 
-def save_checkpoint(engine: Any, schedule: ObjectiveSchedule, store: Store, folder: str, step: int) -> None:
+def save_checkpoint(
+    engine: Any, schedule: ObjectiveSchedule, store: Store, folder: str, step: int, selection: Selection | None = None
+) -> None:
     """Save the state after `step` optimizer steps; called on every rank."""
     key, world = f"{folder}/checkpoints/{_name(step)}", dist.get_world_size()
+    client = {"objective": schedule.state()} | ({"selection": selection.state()} if selection else {})
     with store.part_of(key) as own, _failed_writes(own.folder):
-        engine.save_checkpoint(str(own.folder), tag=_TAG, save_latest=False, client_state={"objective": schedule.state()})
+        engine.save_checkpoint(str(own.folder), tag=_TAG, save_latest=False, client_state=client)
     parts: list[Any] = [None] * world
     dist.all_gather_object(parts, own)
     if dist.get_rank() == 0:
@@ -53,11 +57,18 @@ def save_checkpoint(engine: Any, schedule: ObjectiveSchedule, store: Store, fold
         for old in _steps(store, folder)[:-KEPT]:
             store.remove(f"{folder}/checkpoints/{old}")
         drop_universal(store, f"{folder}/checkpoints")
+        if selection:
+            selection.prune()
     dist.barrier()
 
 
 def restore_checkpoint(
-    engine: Any, schedule: ObjectiveSchedule, store: Store, folder: str, warn: Callable[[str], object] = log.warning
+    engine: Any,
+    schedule: ObjectiveSchedule,
+    store: Store,
+    folder: str,
+    warn: Callable[[str], object] = log.warning,
+    selection: Selection | None = None,
 ) -> int:
     """Load the newest intact checkpoint; returns the optimizer steps done, 0 without one. `warn` is told of damaged ones.
 
@@ -78,6 +89,8 @@ def restore_checkpoint(
         where = store.address(f"{folder}/checkpoints/{_name(manifest.step)}")
         raise IntegrityError(f"checkpoint {where} holds what no checkpoint of ours holds: {error}") from error
     schedule.restore(client["objective"])
+    if selection:
+        selection.restore(client["selection"])
     return manifest.step
 
 

@@ -51,16 +51,16 @@ class Distiller(nn.Module):
         """Means over the targets of `TERMS`, [5]; only the first has a gradient.
 
         `ids` are [rows, seq + 1], `soft` and the teacher's `features` have tensors [rows, seq, ...]. Features are compared
-        at all positions, those of a prompt too.
+        at all positions, those of a prompt too. In evaluation mode the model itself is measured, and nothing beside it.
         """
-        names = () if self.inner is None else self.inner.student_features
+        names = self.inner.student_features if self.inner is not None and self.training else ()
         with captured(self.model, names, "objective.features") as own:
             hidden = last_hidden(self.model, ids[:, :-1])
         loss, ce, divergence = head_loss(self.model, hidden, ids, mixture, soft, mask)
         inner = ahead = torch.zeros_like(ce)
-        if self.inner is not None:
+        if self.inner is not None and self.training:
             inner = self.inner(features, own)
-        if self.mtp is not None:
+        if self.mtp is not None and self.training:
             ahead = self._mtp_weight * self._mtp_loss(hidden, ids, mixture, soft, mask)
         return torch.stack([loss + inner + ahead, ce, divergence, inner.detach(), ahead.detach()])
 

@@ -105,7 +105,7 @@ class Feed:
         reader = threading.Thread(target=self._read, args=(first, ready, stop), name="feed", daemon=True)
         reader.start()
         try:
-            for _ in range(first, self._job.train.steps):
+            for _ in range(first, self._job.steps):
                 started = time.perf_counter()
                 item = ready.get()
                 self.waited_s += time.perf_counter() - started
@@ -117,7 +117,7 @@ class Feed:
 
     def _read(self, first: int, ready: queue.Queue[object], stop: threading.Event) -> None:
         try:
-            for step in range(first, self._job.train.steps):
+            for step in range(first, self._job.steps):
                 self._reached(self._order.shard_count_until(step + 1))  # before their labels are waited for
                 rows = self._order.share(step, self._rank, self._job.train.data_parallel)
                 parts = [rows[i : i + self._micro_rows] for i in range(0, len(rows), self._micro_rows)]
@@ -141,7 +141,7 @@ class Feed:
             return MicroBatch(ids, None, {}, mask)
         assert self._job.soft is not None
         labels = {name: np.stack([shards[s].labels[name][r] for s, r in rows]) for name in shards[rows[0][0]].labels}
-        temperature = scheduled(self._job.soft.objective.temperature, step, self._job.train.steps)
+        temperature = scheduled(self._job.soft.objective.temperature, step, self._job.steps)
         return MicroBatch(ids, self._codec.targets(labels, temperature), self._codec.features(labels), mask)
 
     def _mask(self, masks: list[npt.NDArray[np.bool_] | None], rows: list[tuple[int, int]]) -> Mask | None:

@@ -11,6 +11,7 @@ from orchestrator.spec.labels import Labels
 from orchestrator.spec.model import Model
 from orchestrator.spec.objective import Objective
 from orchestrator.spec.train import Train
+from orchestrator.store.heldout import HeldoutLog
 from orchestrator.store.records import Record, TokenManifest
 
 TRAINING_VERSION = 4
@@ -46,6 +47,17 @@ class Ahead:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """Evaluation on a few held-out rows while training goes on."""
+
+    every: int
+    """Steps."""
+    rows: int
+    log: HeldoutLog | None
+    """Without a teacher's labels, cross entropy alone."""
+
+
+@dataclass(frozen=True)
 class TrainingJob:
     """Train `model` on the rows of `manifest`; without `soft`, on hard labels alone."""
 
@@ -59,6 +71,7 @@ class TrainingJob:
     manifest: TokenManifest
     soft: Soft | None
     ahead: Ahead = Ahead()
+    evaluation: Evaluation | None = None
 
     @property
     def key(self) -> str:
@@ -68,7 +81,19 @@ class TrainingJob:
             soft = [self.soft.log_key, self.soft.objective]
         model = self.model.content if isinstance(self.model, Initial) else self.model
         what = [model, self.vocab_size, [self.ahead.depth, self.ahead.weight]]
-        return fingerprint("train", TRAINING_VERSION, what, self.train, self.seed, self.manifest.content, soft)
+        evaluation = [self.evaluation.every, self.evaluation.rows] if self.evaluation and self.selects else None
+        return fingerprint("train", TRAINING_VERSION, what, self.train, self.seed, self.manifest.content, soft, evaluation)
+
+    @property
+    def selects(self) -> bool:
+        """Whether evaluations decide where training ends, or which weights it leaves."""
+        return self.train.keep == "best" or self.train.patience is not None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        assert self.train.steps is not None
+        return self.train.steps
 
     @property
     def folder(self) -> str:
@@ -86,4 +111,4 @@ class TrainingJob:
 
     def demanded_shards(self) -> list[int]:
         """Token shards that training will touch, in the order of first use."""
-        return self.order.shards_until(self.train.steps)
+        return self.order.shards_until(self.steps)

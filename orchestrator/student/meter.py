@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from orchestrator.errors import ResumableError
+from orchestrator.plan.length import progress_figures
 from orchestrator.plan.schedule import learning_rate
 from orchestrator.runtime.board import FIRST_STEP
 from orchestrator.student.feed import Feed
@@ -24,21 +27,35 @@ class Meter:
 
     def __init__(self, job: TrainingJob, board: Any, feed: Feed) -> None:
         self._job, self._board, self._feed = job, board, feed
-        self._pending: list[tuple[int, torch.Tensor, float, torch.Tensor | None]] = []
-        self._steps = 0
+        self._pending: list[tuple[int, torch.Tensor, float, torch.Tensor | None, dict[str, float]]] = []
+        self._steps = self._done = 0
         self._last_loss = math.nan
         self._first_step_s = 0.0
         self._first_wait_s = 0.0
         self._started = self._flushed = time.perf_counter()
         self._waited = 0.0
+        self._aside_s = self._flushed_aside_s = self._first_aside_s = 0.0
         self.saved()
 
-    def add(self, step: int, terms: torch.Tensor, grad_norm: Any, routing: torch.Tensor | None) -> None:
-        """Take the figures of one step: means of `TERMS` [5], the gradient's norm or None, those of routers [3]."""
-        self._pending.append((step, terms, math.nan if grad_norm is None else float(grad_norm), routing))
-        self._steps += 1
+    @contextmanager
+    def aside(self, device: torch.device) -> Generator[None]:
+        """Do something inside the block that is neither training nor waiting, and does not count as either."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what was asked for before is training
+        started = time.perf_counter()
+        yield
+        self._aside_s += time.perf_counter() - started
+
+    def add(
+        self, step: int, terms: torch.Tensor, grad_norm: Any, routing: torch.Tensor | None, heldout: dict[str, float]
+    ) -> None:
+        """Take the figures of one step: means of `TERMS` [5], the gradient's norm or None, those of routers [3], and the
+        metrics of an evaluation after it."""
+        self._pending.append((step, terms, math.nan if grad_norm is None else float(grad_norm), routing, heldout))
+        self._steps, self._done = self._steps + 1, step + 1
         if self._steps == 1:
             self._first_step_s, self._first_wait_s = time.perf_counter() - self._started, self._feed.waited_s
+            self._first_aside_s = self._aside_s
             if dist.get_rank() == 0:
                 self._board.set_progress.remote(f"{self._job.stage}.{FIRST_STEP}", time.time())
         if self._steps == 1 or (dist.get_rank() == 0 and time.perf_counter() - self._flushed >= POST_EVERY_S):
@@ -52,7 +69,8 @@ class Meter:
         if not self._pending:
             return
         now, tokens = time.perf_counter(), self._job.train.global_batch * self._job.manifest.seq_len * len(self._pending)
-        elapsed, waited = now - self._flushed, self._feed.waited_s - self._waited
+        waited = self._feed.waited_s - self._waited
+        elapsed = now - self._flushed - (self._aside_s - self._flushed_aside_s)
         pace = {
             names.TRAIN_TOKENS_PER_S: tokens / elapsed,
             names.LABEL_WAIT_FRACTION: waited / elapsed,
@@ -64,29 +82,31 @@ class Meter:
         points[-1][1].update(pace)
         self._post(points)
         self._pending, self._flushed, self._waited = [], now, self._feed.waited_s
+        self._flushed_aside_s = self._aside_s
 
     def saved(self) -> None:
         """Say that all that was done so far would outlast this process."""
         self._post([(0, {names.LAST_CHECKPOINT_TIME_S: time.time()})])
 
     def summary(self) -> dict[str, float]:
-        """Figures of this training as a whole, for its manifest; of a resumed one, since it was resumed.
+        """Figures of this training as a whole, for its manifest; speeds of a resumed one, since it was resumed.
 
         Waiting for the very first labels is start-up and not counted as waiting.
         """
-        elapsed = time.perf_counter() - self._started - self._first_step_s
-        steps = self._steps - 1
+        manifest, steps = self._job.manifest, self._steps - 1
+        length = {"steps": self._done, "steps_asked": self._job.steps}
+        length |= progress_figures(self._done, self._job.train, sum(manifest.shard_rows), manifest.seq_len)
+        elapsed = time.perf_counter() - self._started - self._first_step_s - (self._aside_s - self._first_aside_s)
         if steps <= 0:
-            return {"steps": self._job.train.steps}
-        return {
-            "steps": self._job.train.steps,
+            return length
+        return length | {
             "final_loss_nats": self._last_loss,
             "tokens_per_s": steps * self._job.train.global_batch * self._job.manifest.seq_len / elapsed,
             "label_wait_fraction": (self._feed.waited_s - self._first_wait_s) / elapsed,
         }
 
     def _point(
-        self, step: int, terms: torch.Tensor, grad_norm: float, routing: torch.Tensor | None
+        self, step: int, terms: torch.Tensor, grad_norm: float, routing: torch.Tensor | None, heldout: dict[str, float]
     ) -> tuple[int, dict[str, float]]:
         loss, ce, kd, inner, ahead = terms.tolist()
         if not math.isfinite(loss):
@@ -107,7 +127,7 @@ class Meter:
             figures[names.MTP_LOSS] = ahead
         if routing is not None:
             figures |= zip((names.ROUTER_AUX, names.EXPERT_IMBALANCE, names.DROPPED_FRACTION), routing.tolist(), strict=True)
-        return step, figures
+        return step, figures | heldout
 
     def _post(self, points: list[tuple[int, dict[str, float]]]) -> None:
         if dist.get_rank() == 0:

@@ -57,6 +57,9 @@ class Pipelined:
         dist.all_reduce(mean)
         return mean
 
+    def measure(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
+        raise AssertionError("a job that asks a pipeline for evaluations is refused")
+
     def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         everything = module.state_dict(keep_vars=True)
         held = {name: value for name, value in everything.items() if not value.is_meta}

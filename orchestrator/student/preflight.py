@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from orchestrator.errors import SpecError
-from orchestrator.models.build import model_config
+from orchestrator.models.build import model_config, outline
+from orchestrator.models.features import feature_widths
 from orchestrator.models.fp8 import MIN_BLOCKS
 from orchestrator.models.hub import checkpoint_folder
 from orchestrator.models.prune import check_prunable, pruned_config
 from orchestrator.models.sharded import check_shards
 from orchestrator.models.upcycle import mixture_config
+from orchestrator.plan.checkpoint import check_positions, local_checkpoint
 from orchestrator.spec.job import Job
-from orchestrator.spec.model import ConfigStudent, PretrainTeacher, PrunedStudent, UpcycledStudent
+from orchestrator.spec.labels import kept_features
+from orchestrator.spec.model import ConfigStudent, PretrainTeacher, PrunedStudent, TransformersTeacher, UpcycledStudent
 from orchestrator.spec.train import Expert, Pipeline, Train
 
 FAMILIES = ("deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe")
@@ -26,17 +29,19 @@ One difference: under bf16 the router of deepseek_v3 computes its logits in bf16
 def check_models(job: Job, ids: int) -> None:
     """Raise `SpecError` for a model that transformers would not build or that its `train` section cannot train.
 
-    `ids` is the size of the vocabulary, or stands in for it. A student pruned from a teacher that is not fetched yet is not
-    looked at.
+    `ids` is the size of the vocabulary, or stands in for it. A teacher that is not here yet is not looked at, nor a student
+    pruned from it.
     """
-    if isinstance(job.teacher, PretrainTeacher):
-        teacher = model_config(job.teacher.model, ids, "teacher")
-        check_strategy(teacher, job.teacher.train, "teacher.train")
+    teacher = _teacher_outline(job, ids)
+    if teacher is not None:
+        if isinstance(job.teacher, PretrainTeacher):
+            check_strategy(teacher.config, job.teacher.train, "teacher.train")
         if job.teacher.shards > 1:
-            with torch.device("meta"):
-                check_shards(AutoModelForCausalLM.from_config(teacher), job.teacher.shards)
-    student = _student_config(job, ids)
+            check_shards(teacher, job.teacher.shards)
+        feature_widths(teacher, kept_features(job.labels), "labels.features")
+    student = _student_config(job, ids, teacher)
     if student is not None:
+        check_positions(student.model_type, student.to_dict(), job.data.seq_len, "student")
         check_strategy(student, job.train, "train")
 
 
@@ -59,15 +64,27 @@ def check_strategy(config: PreTrainedConfig, train: Train, section: str) -> None
         )
 
 
-def _student_config(job: Job, ids: int) -> PreTrainedConfig | None:
+def _teacher_outline(job: Job, ids: int) -> PreTrainedModel | None:
+    """The teacher without weights."""
+    if isinstance(job.teacher, PretrainTeacher):
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(model_config(job.teacher.model, ids, "teacher"))
+    folder = local_checkpoint(job.teacher.path) if isinstance(job.teacher, TransformersTeacher) else None
+    if folder is None:
+        return None
+    try:
+        return outline(folder)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        raise SpecError(f"teacher.path: {folder}/config.json: {str(error).splitlines()[0]}") from error
+
+
+def _student_config(job: Job, ids: int, teacher: PreTrainedModel | None) -> PreTrainedConfig | None:
     student = job.student
     if isinstance(student, ConfigStudent):
         return model_config(student.model, ids, "student")
     if isinstance(student, PrunedStudent):
-        if not isinstance(job.teacher, PretrainTeacher):
+        if teacher is None:
             return None
-        with torch.device("meta"):
-            teacher = AutoModelForCausalLM.from_config(model_config(job.teacher.model, ids, "teacher"))
         check_prunable(teacher, student, "student")
         return pruned_config(teacher, student, "student")
     folder = checkpoint_folder(student.path, student.revision, "student.path")

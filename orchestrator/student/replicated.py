@@ -53,14 +53,24 @@ class Replicated:
         dist.all_reduce(mean)
         return mean
 
+    @torch.no_grad()
+    def measure(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
+        self.engine.eval()
+        sums = torch.stack([self._forward(mixture, micro)[1:3] * micro.ids[:, 1:].numel() for micro in micro_batches]).sum(0)
+        self.engine.train()
+        return sums
+
     def _forward_backward(self, mixture: Mixture, micro: MicroBatch) -> torch.Tensor:
+        means = self._forward(mixture, micro)
+        self.engine.backward(means[0])
+        return means.detach()
+
+    def _forward(self, mixture: Mixture, micro: MicroBatch) -> torch.Tensor:
         on = self.engine.device
         soft = None if micro.soft is None else micro.soft.map(lambda t: t.to(on))
         features = {name: states.to(on) for name, states in micro.features.items()}
         mask = None if micro.mask is None else micro.mask.map(lambda t: t.to(on))
-        means = self.engine(micro.ids.to(on), mixture, soft, features, mask)
-        self.engine.backward(means[0])
-        return means.detach()
+        return self.engine(micro.ids.to(on), mixture, soft, features, mask)
 
     def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         first = dist.get_rank() == 0

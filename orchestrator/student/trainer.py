@@ -37,6 +37,13 @@ class Trainer(Protocol):
         """One optimizer step: means of `TERMS` over the global batch, [5], on every rank."""
         ...
 
+    def measure(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
+        """Sums of (CE, divergence) over the targets of this rank's `micro_batches`, [2], without a trace on training.
+
+        Called on every rank, with as many micro-batches of the same size. Their masks have a share of 1.
+        """
+        ...
+
     def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The state of `module`, the model or a part of it, unsharded, on the CPU of rank 0; called on every rank."""
         ...

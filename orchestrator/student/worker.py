@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import partial
 from typing import Any
 
 import ray
@@ -18,11 +20,14 @@ from orchestrator.runtime.board import STUDENT_SHARDS
 from orchestrator.runtime.environment import limit_threads, prepare_deepspeed
 from orchestrator.store.files import Store
 from orchestrator.store.records import MODEL, finish_model
+from orchestrator.student.best import Selection
 from orchestrator.student.checkpoint import drop_checkpoints, restore_checkpoint, save_checkpoint
 from orchestrator.student.feed import Feed, MicroBatch
+from orchestrator.student.heldout import Evaluator
 from orchestrator.student.job import TrainingJob
 from orchestrator.student.meter import Meter
 from orchestrator.student.trainer import Trainer, start_trainer
+from orchestrator.tracking.names import HELDOUT_CE_NATS
 
 
 def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str) -> None:
@@ -37,29 +42,43 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
         if first_rank:
             board.set_progress.remote(f"{job.stage}.{STUDENT_SHARDS}", shards)
 
+    def aborted() -> str | None:
+        return ray.get(board.aborted.remote())
+
     trainer = start_trainer(job)
     engine = trainer.engine
-    feed = Feed(store, job, trainer.data_rank, lambda: ray.get(board.aborted.remote()), reached, trainer.reads_labels)
-    schedule = ObjectiveSchedule(job.objective, job.train.steps, engine.device)
-    first = restore_checkpoint(engine, schedule, store, job.folder, board.warn.remote)
+    feed = Feed(store, job, trainer.data_rank, aborted, reached, trainer.reads_labels)
+    schedule = ObjectiveSchedule(job.objective, job.steps, engine.device)
+    evaluator = Evaluator(trainer, store, job, aborted)
+    selection = Selection(store, job) if job.selects else None
+    first = restore_checkpoint(engine, schedule, store, job.folder, board.warn.remote, selection)
     meter = Meter(job, board, feed)
     for step, micro_batches in feed.steps(first):
         means = train_step(trainer, job, schedule, step, micro_batches)
         routing = trainer.balance.after_step(engine.device) if trainer.balance else None
-        meter.add(step, means, engine.get_global_grad_norm(), routing)
-        done = step + 1
-        if done % job.train.checkpoint_every == 0 and done < job.train.steps:
+        done, heldout = step + 1, dict[str, float]()
+        if evaluator.due(done):
+            with meter.aside(engine.device):
+                heldout = evaluator.evaluate()
+                if selection:
+                    selection.take(done, heldout[HELDOUT_CE_NATS], partial(write_model, trainer, store, job, tokenizer_folder))
+        meter.add(step, means, engine.get_global_grad_norm(), routing, heldout)
+        if selection and selection.exhausted:
+            break
+        if done % job.train.checkpoint_every == 0 and done < job.steps:
             meter.flush()
-            save_checkpoint(engine, schedule, store, job.folder, done)
+            save_checkpoint(engine, schedule, store, job.folder, done, selection)
             meter.saved()
     meter.flush()
-    save_model(trainer, store, job, tokenizer_folder, meter.summary())
+    reached(len(job.demanded_shards()))  # a teacher that waits for a student that has stopped early labels the rest
+    save_model(trainer, store, job, tokenizer_folder, meter.summary(), selection)
 
 
 def train_step(
     trainer: Trainer, job: TrainingJob, schedule: ObjectiveSchedule, step: int, micro_batches: list[MicroBatch]
 ) -> torch.Tensor:
     """Optimizer step number `step`: means of `TERMS` over the global batch, [5]."""
+    torch.manual_seed(step_seed(job.seed, trainer.data_rank, step))
     rate = learning_rate(job.train, step)
     for group in trainer.engine.optimizer.param_groups:
         group["lr"] = rate
@@ -68,18 +87,46 @@ def train_step(
     return means
 
 
-def save_model(trainer: Trainer, store: Store, job: TrainingJob, tokenizer_folder: str, training: dict[str, float]) -> None:
-    """Write the Hugging Face folder of the trained model and, last, its manifest; called on every rank."""
+def step_seed(seed: int, rank: int, step: int) -> int:
+    """Of what a step draws, such as dropout: data-parallel ranks draw differently, a step that is done again the same."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()[:8])
+
+
+def save_model(
+    trainer: Trainer,
+    store: Store,
+    job: TrainingJob,
+    tokenizer_folder: str,
+    training: dict[str, float],
+    selection: Selection | None = None,
+) -> None:
+    """Leave the trained model, or the one that `selection` has kept, as the stage's; called on every rank."""
+    if job.train.keep == "last":
+        write_model(trainer, store, job, tokenizer_folder, job.folder, training)
+    if dist.get_rank() == 0:
+        if selection and job.train.keep == "best":
+            finish_model(store, job.folder, job.vocab_size, training | selection.finish())
+        drop_checkpoints(store, job.folder)
+        store.remove(f"{job.folder}/best")
+    dist.barrier()
+
+
+def write_model(
+    trainer: Trainer, store: Store, job: TrainingJob, tokenizer_folder: str, folder: str, figures: dict[str, float]
+) -> None:
+    """Write the Hugging Face folder of the model as it is into the stage folder `folder` and, last, its manifest.
+
+    Called on every rank.
+    """
     dtype = DTYPES[job.train.precision]
     state = trainer.whole_state(trainer.model, dtype)
     ahead = trainer.whole_state(trainer.mtp, dtype) if trainer.mtp else None
     if dist.get_rank() == 0:
-        with store.folder_for(f"{job.folder}/{MODEL}") as folder:
+        with store.folder_for(f"{folder}/{MODEL}") as target:
             trainer.model.config.dtype = dtype
-            trainer.model.save_pretrained(folder, state_dict=state)
-            complete_folder(folder, store.local(tokenizer_folder), job.manifest.seq_len)
+            trainer.model.save_pretrained(target, state_dict=state)
+            complete_folder(target, store.local(tokenizer_folder), job.manifest.seq_len)
             if ahead is not None:
-                save_mtp(ahead, job.ahead.depth, folder)
-        finish_model(store, job.folder, job.vocab_size, training)
-        drop_checkpoints(store, job.folder)
+                save_mtp(ahead, job.ahead.depth, target)
+        finish_model(store, folder, job.vocab_size, figures)
     dist.barrier()

@@ -20,8 +20,9 @@ from orchestrator.runtime.environment import limit_threads
 from orchestrator.spec.labels import Labels
 from orchestrator.spec.model import VllmServer
 from orchestrator.store.files import Store
+from orchestrator.store.heldout import HeldoutLog, watched_rows
 from orchestrator.store.label_log import LabelLog
-from orchestrator.store.records import MANIFEST, TokenManifest
+from orchestrator.store.records import MANIFEST, ShardRecord, TokenManifest
 from orchestrator.store.shards import TokenShard, read_tokens
 from orchestrator.teacher.backend import Replica
 from orchestrator.teacher.make import make_teacher
@@ -44,6 +45,16 @@ class Labelling:
     board: Any
     vllm: VllmServer | None = None
     """Answers instead."""
+    heldout: HeldoutLog | None = None
+    """To be labelled before all shards."""
+
+
+@dataclass(frozen=True)
+class _Book:
+    """A log, and how what it keeps is made."""
+
+    log: LabelLog
+    codec: Codec
 
 
 class Labeller:
@@ -56,7 +67,6 @@ class Labeller:
         manifest = TokenManifest.load(labelling.store, f"{labelling.data_folder}/{MANIFEST}")
         assert manifest is not None
         self._manifest = manifest
-        self._log = LabelLog(labelling.store, labelling.log_key)
         self._refusal: DistillError | None = None
         try:
             self._start()
@@ -68,14 +78,18 @@ class Labeller:
 
     def _start(self) -> None:
         work = self._work
-        frame = Frame(work.vocab_size, self._manifest.seq_len, bases=bases_of(self._log))
-        self._codec = Codec(work.labels, frame)
+        log, shape = LabelLog(work.store, work.log_key), (work.vocab_size, self._manifest.seq_len)
+        self._train = _Book(log, Codec(work.labels, Frame(*shape, bases=bases_of(log))))
+        self._heldout = work.heldout and _Book(
+            LabelLog(work.store, work.heldout.key), Codec(work.heldout.labels, Frame(*shape))
+        )
         self._teacher = make_teacher(work)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self._refusal is not None:
             raise self._refusal
-        receipts = [self.label(int(s), int(p)) for s, p in zip(batch["shard"], batch["position"], strict=True)]
+        rows = zip(batch["heldout"], batch["shard"], batch["position"], strict=True)
+        receipts = [self.label_heldout() if heldout else self.label(int(s), int(p)) for heldout, s, p in rows]
         return {name: [r[name] for r in receipts] for name in receipts[0]}
 
     def label(self, shard: int, position: int) -> dict[str, Any]:
@@ -85,10 +99,24 @@ class Labeller:
         started = time.perf_counter()
         record = self._manifest.train[shard]
         tokens = read_tokens(self._work.store, f"{self._work.data_folder}/train", record)
-        committed = self._log.commit(shard, tokens, self.encode(shard, tokens))
+        committed = self._train.log.commit(shard, tokens, self.encode(self._train, shard, tokens))
+        return self._receipt(committed, began_s, started, idle_s, blocked_s)
+
+    def label_heldout(self) -> dict[str, Any]:
+        """Label and commit the held-out rows that training is evaluated on; returns a receipt."""
+        began_s, idle_s, started = time.time(), time.perf_counter() - self._idle_since, time.perf_counter()
+        work = self._work
+        assert work.heldout and self._heldout
+        tokens = watched_rows(work.store, work.data_folder, self._manifest, work.heldout.rows)
+        committed = self._heldout.log.commit(0, tokens, self.encode(self._heldout, 0, tokens))
+        return self._receipt(committed, began_s, started, idle_s, 0.0) | {"heldout": True}
+
+    def _receipt(
+        self, committed: ShardRecord, began_s: float, started: float, idle_s: float, blocked_s: float
+    ) -> dict[str, Any]:
         self._idle_since = time.perf_counter()
         return {
-            "shard": shard,
+            "heldout": False,
             "rows": committed.rows,
             "bytes": committed.bytes,
             "seconds": self._idle_since - started,
@@ -99,7 +127,7 @@ class Labeller:
             "process": os.getpid(),
         }
 
-    def encode(self, shard: int, tokens: TokenShard) -> Columns:
+    def encode(self, book: _Book, shard: int, tokens: TokenShard) -> Columns:
         """The label columns of a whole shard; raises `DataError` for a teacher that answers nonsense."""
         parts: list[Arrays] = []
         ids = torch.from_numpy(tokens.ids[:, :-1]).long()
@@ -113,12 +141,12 @@ class Labeller:
             if (*answer.states.shape[:2], answer.vocab_size) != (*part.shape, self._work.vocab_size):
                 given, due = (*answer.states.shape[:2], answer.vocab_size), (*part.shape, self._work.vocab_size)
                 raise DataError(f"label shard {shard}: the teacher answered {given} where {due} is due")
-            seeds = [self._work.log_key.encode() + row for row in tokens.row_ids[start : start + len(part)]]
+            seeds = [book.log.key.encode() + row for row in tokens.row_ids[start : start + len(part)]]
             try:
-                parts.append(self._codec.extract(answer, seeds))
+                parts.append(book.codec.extract(answer, seeds))
             except DataError as error:
                 raise DataError(f"label shard {shard}, rows from {start}: {error}") from error
-        return self._codec.pack(join(parts))
+        return book.codec.pack(join(parts))
 
     def _wait_for_student(self, position: int) -> float:
         """Seconds spent until the student is close enough behind; raises `ResumableError` if it will never come."""

@@ -17,13 +17,16 @@ from orchestrator.teacher.placement import Placement
 def label_shards(
     work: Labelling, shards: Sequence[tuple[int, int]], replicas: Replicas, placement: Placement
 ) -> Iterator[dict[str, Any]]:
-    """Label `shards`, pairs of (shard, position in the demand); yields a receipt for each as it is committed.
+    """Label the held-out rows of `work`, if it has any, and then `shards`, pairs of (shard, position in the demand); yields
+    a receipt for each as it is committed.
 
     A dead replica is replaced and its shard labelled again; an error that a teacher raises ends the iteration. Raises
     `EnvironmentFault` if the cluster has no room for `replicas.min`.
     """
     quiet_ray_data()
-    rows = [{"shard": shard, "position": position} for shard, position in shards]
+    rows = [{"heldout": False, "shard": shard, "position": position} for shard, position in shards]
+    if work.heldout:
+        rows.insert(0, {"heldout": True, "shard": 0, "position": 0})
     pool = ray.data.ActorPoolStrategy(min_size=replicas.min, max_size=replicas.max, max_tasks_in_flight_per_actor=2)
     with placement:
         placement.reserve(replicas.min)
@@ -38,7 +41,7 @@ def label_shards(
             # map_batches takes it too, with a warning that it will go with Ray 2.64.
             ray_remote_args_fn=placement.options,
         )
-        pace = Pace([position for _, position in shards], work.labels.run_ahead, work.board)
+        pace = Pace([int(row["position"]) for row in rows], work.labels.run_ahead, work.board)
         pace.govern(receipts)
         for receipt in receipts.iter_rows():
             held_s = pace.held_s(receipt["began_s"] - receipt["idle_s"], receipt["began_s"])

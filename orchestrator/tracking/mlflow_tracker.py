@@ -17,11 +17,15 @@ from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from orchestrator.errors import one_line
+from orchestrator.tracking.names import HEADLINES
 from orchestrator.tracking.spool import Command, Courier, Outbox, Point
 
-Status = Literal["RUNNING", "FINISHED", "FAILED"]
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+Row = tuple[str, float, int, int]
+"""A metric's name, value, Unix time in ms, step."""
 PARENT = "run"
 """Where the id of the parent run stands among the stages' ids."""
 
@@ -84,8 +88,23 @@ class Tracker:
 
     def stage_finished(self, stage: str, status: Status, metrics: Mapping[str, float]) -> None:
         """End the stage's run, with its finite closing `metrics` at step 0."""
-        finite = {name: float(value) for name, value in metrics.items() if isfinite(value)}
-        self._put(("summary", stage, {"metrics": finite}), ("status", stage, {"status": status}))
+        self._put(("summary", stage, {"metrics": _finite(metrics)}), ("status", stage, {"status": status}))
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """Set parameters of the parent run."""
+        self._put(("params", PARENT, {"params": _clipped(params)}))
+
+    def dataset(self, dataset: Mapping[str, str]) -> None:
+        """Say what the run as a whole reads: `name`, `digest` and `source`."""
+        self._put(("dataset", PARENT, dict(dataset)))
+
+    def summary(self, metrics: Mapping[str, float]) -> None:
+        """Set the closing metrics of the parent run, at step 0."""
+        self._put(("summary", PARENT, {"metrics": _finite(metrics)}))
+
+    def text(self, name: str, text: str) -> None:
+        """Keep `text` as the file `name` of the parent run."""
+        self._put(("text", PARENT, {"name": name, "text": text}))
 
     def artifact(self, path: Path, stage: str | None = None) -> None:
         """Upload a file or folder to the stage's run, or the parent; it is read when it is sent."""
@@ -99,10 +118,15 @@ class Tracker:
         """Say that the log has new points; without it they are noticed a little later."""
         self._courier.wake()
 
+    def end(self, status: Status) -> None:
+        """End the parent run, and as KILLED each child that an earlier attempt left running."""
+        children = [stage for stage in self.run_ids if stage != PARENT]
+        self._put(*(("abandoned", stage, {}) for stage in children), ("status", PARENT, {"status": status}))
+
     def close(self, status: Status | None, timeout_s: float) -> bool:
-        """End the parent run and wait for everything to be sent; False if something is left for the next run."""
+        """`end`, where there is a `status`, and wait for everything to be sent; False if something is left for the next run."""
         if status:
-            self._put(("status", PARENT, {"status": status}))
+            self.end(status)
         return self._courier.finish(timeout_s)
 
     def replay(self, timeout_s: float) -> bool:
@@ -136,10 +160,17 @@ class Tracker:
     def _send_points(self, points: list[Point]) -> None:
         for stage, group in groupby(sorted(points, key=lambda p: p.stage), key=lambda p: p.stage):
             rows = [(name, v, int(p.time_s * 1000), p.step) for p in group for name, v in p.metrics.items()]
-            session, run_id = self._open(stage, start_ms=rows[0][2])
-            last = self._last_steps[stage]
-            rows = [row for row in rows if row[3] > last.get(row[0], -1)]
-            self._attempt(session, f"metrics of {stage}", lambda s=session, r=run_id, new=rows: s.metrics(r, new))
+            self._send_rows(stage, rows)
+            name_of = stage.partition(":")[0]
+            headlines = [(f"{name_of}/{row[0]}", *row[1:]) for row in rows if f"{name_of}/{row[0]}" in HEADLINES]
+            if headlines:
+                self._send_rows(PARENT, headlines)
+
+    def _send_rows(self, stage: str, rows: list[Row]) -> None:
+        session, run_id = self._open(stage, start_ms=rows[0][2])
+        last = self._last_steps[stage]
+        new = [row for row in rows if row[3] > last.get(row[0], -1)]
+        self._attempt(session, f"metrics of {stage}", lambda: session.metrics(run_id, new))
 
     def _send_command(self, command: Command) -> None:
         session, run_id = self._open(command.stage, command.time_ms)
@@ -242,8 +273,7 @@ class _Session:
             raise
         return None if run.info.lifecycle_stage == "deleted" else {m.key: m.step for m in run.data.to_proto().metrics}
 
-    def metrics(self, run_id: str, rows: list[tuple[str, float, int, int]]) -> None:
-        """Log rows of name, value, Unix time in ms, step."""
+    def metrics(self, run_id: str, rows: list[Row]) -> None:
         self._log(run_id, metrics=[self._entities.Metric(*row) for row in rows])
 
     def summary(self, run_id: str, metrics: dict[str, float], time_ms: int) -> None:
@@ -276,6 +306,14 @@ class _Session:
         else:
             self._client.log_artifact(run_id, path)
 
+    def text(self, run_id: str, name: str, text: str) -> None:
+        self._client.log_text(run_id, text, name)
+
+    def abandoned(self, run_id: str) -> None:
+        """End a run that nobody is going to end."""
+        if self._client.get_run(run_id).info.status == "RUNNING":
+            self._client.set_terminated(run_id, "KILLED")
+
     def status(self, run_id: str, status: Status, time_ms: int) -> None:
         if status == "RUNNING":
             self._client.update_run(run_id, status)
@@ -295,6 +333,18 @@ def run_url(uri: str, experiment_id: str | None = None, run_id: str | None = Non
         return f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"
     page = f"/#/experiments/{experiment_id}" + (f"/runs/{run_id}" if run_id else "") if experiment_id else ""
     return redact(uri.rstrip("/")) + page
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of the SQLite database in the file `path`.
+
+    Escaped is only what would mean something else: MLflow makes a stray folder of the name as it stands in the address.
+    """
+    return "sqlite:///" + re.sub("[%?]", lambda found: quote(found[0]), str(path))
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if isfinite(value)}
 
 
 def _clipped(values: Mapping[str, Any]) -> dict[str, str]:

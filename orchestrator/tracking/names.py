@@ -22,6 +22,8 @@ LABEL_WAIT_FRACTION = "train/label_wait_fraction"
 INTERVAL_S = "train/interval_s"
 TRAIN_TOKENS = "train/tokens"
 TRAIN_BUSY_S = "train/busy_s"
+HELDOUT_CE_NATS = "heldout/ce_nats"
+HELDOUT_KL_NATS = "heldout/kl_nats"
 SHARDS_STARTED = "train/shards_started"
 LAST_CHECKPOINT_TIME_S = "train/last_checkpoint_time_s"
 RESTARTS = "train/restarts"
@@ -103,6 +105,12 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric(INTERVAL_S, "s", "Time that the rates of the same point are about", "log"),
             Metric(TRAIN_TOKENS, "tokens", "Target tokens trained on, all workers together", "count"),
             Metric(TRAIN_BUSY_S, "s", "Time in which training did not wait for labels", "count"),
+            Metric(HELDOUT_CE_NATS, "nats", "Cross entropy on held-out rows while the model trains, mean per target token"),
+            Metric(
+                HELDOUT_KL_NATS,
+                "nats",
+                "KL from the teacher on the same rows, over its likeliest ids and all others as one: a lower bound",
+            ),
             Metric(SHARDS_STARTED, "shards", "Token shards that training has begun to read", "state"),
             Metric(
                 LAST_CHECKPOINT_TIME_S,
@@ -129,6 +137,17 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         )
     }
 )
+
+
+HEADLINES = {
+    f"{stage}/{name}"
+    for stage, names in {
+        "student": (LOSS, CE_NATS, KD_NATS, TRAIN_TOKENS_PER_S),
+        "labels": (LABEL_TOKENS_PER_S,),
+    }.items()
+    for name in names
+}
+"""Series, as STAGE/METRIC, that MLflow shows on the parent run too while the run goes on."""
 
 
 def of_replica(name: str, replica: int) -> str:

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -116,6 +117,20 @@ def test_a_folder_is_there_when_it_is_finished(store: Store) -> None:
     assert store.contents("stage/model") == describe_folder(store.local("stage/model"))
     assert read(store.local("stage/model")) == read(local_folder(store.address("stage/model"))) == FILES
     assert store.read("stage/model/config.json") == FILES["config.json"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_who_may_read_a_folder_is_for_umask_to_say(tmp_path: Path, umask: int, mode: int) -> None:
+    """Not for the library that wrote a file (fault F: safetensors writes for its owner alone), nor for what it is a copy of."""
+    store, before = LocalStore(tmp_path), os.umask(umask)
+    try:
+        with store.folder_for("stage/model") as folder:
+            write(folder, FILES)
+            (folder / "model.safetensors").chmod(0o600)
+            (folder / "config.json").chmod(0o444)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE((store.path("stage/model") / name).stat().st_mode) for name in FILES} == {mode}
 
 
 def test_a_folder_that_fails_while_it_is_built_leaves_the_one_before(store: Store) -> None:

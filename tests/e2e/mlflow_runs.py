@@ -37,13 +37,13 @@ def eventually(condition: Callable[[], Any]) -> None:
 
 
 class Server:
-    """A real `mlflow server` over `folder`, in a process group of its own."""
+    """A real `mlflow server` in a process group of its own; its files are in `folder`, its `database` too if none is given."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: str | None = None) -> None:
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        self._command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
+        self._command += ["--backend-store-uri", database or f"sqlite:///{folder}/server.db", "--workers", "1"]
         self._command += ["--artifacts-destination", str(folder / "server-artifacts")]
         self._log = folder / "server.log"
 

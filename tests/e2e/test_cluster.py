@@ -115,7 +115,10 @@ def test_a_run_that_is_going_on(head: Cluster, tmp_path: Path) -> None:
         assert f"{submission}  STOPPED" in stopped.stdout
         assert (waiting.wait().code, watching.wait().code) == (STOPPED, STOPPED)
     assert "student" in watching.wait().stdout
-    assert "terminated; run the same job again to continue" in head.distill(tmp_path / "log", "logs", submission).stdout
+    assert (
+        "terminated; what was done is kept; run the same job again to continue"
+        in head.distill(tmp_path / "log", "logs", submission).stdout
+    )
     assert statuses(tmp_path / "store", "endless").get("student") != "ran"
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from orchestrator.tracking.mlflow_tracker import PARENT, redact, run_url
+from orchestrator.tracking.names import GRAD_NORM, KD_NATS, LOSS
 from tests.e2e.mlflow_runs import (
     DATASET,
     PATIENCE_S,
     Run,
     assert_recorded_once,
     client,
+    eventually,
+    history,
 )
 
 
@@ -102,6 +105,68 @@ def test_a_rerun_continues_the_same_mlflow_runs(run: Run, database: str) -> None
     run.state.unlink()
     assert not set(attempt(0.1, range(18, 19)).values()) & set(first.values())
     assert run.warnings == []
+
+
+def test_the_parent_has_the_job_the_headlines_and_the_figures(run: Run, database: str) -> None:
+    tracker = run.tracker(database)
+    tracker.start()
+    tracker.params({"objective.alpha": 0.5, "teacher.path": "/models/" + "x" * 9000})
+    tracker.text("job.yaml", "name: a\n")
+    tracker.dataset(DATASET)
+    tracker.stage_started("student:abcd", {"fingerprint": "abcd"})
+    for step in range(5):
+        point = {LOSS: 1.0 / (step + 1), KD_NATS: 0.5, GRAD_NORM: 2.0}
+        run.spool.append("student:abcd", step, point, 1.7e9 + step)
+        run.spool.append("baseline:abcd", step, point, 1.7e9 + step)
+    run.spool.append(PARENT, 7, {"system/cpu_utilization_percentage": 50.0}, 1.7e9)
+    tracker.stage_finished("student:abcd", "FINISHED", {})
+    tracker.summary({"student/heldout_ce_nats": 5.5, "gap_recovered": float("nan")})
+    assert tracker.close("FINISHED", PATIENCE_S) and run.warnings == []
+
+    mlflow, parent = client(database), tracker.run_ids[PARENT]
+    found = mlflow.get_run(parent)
+    assert found.data.params["objective.alpha"] == "0.5" and len(found.data.params["teacher.path"]) == 6000
+    assert found.data.metrics.keys() == {
+        f"student/{LOSS}",
+        f"student/{KD_NATS}",
+        "student/heldout_ce_nats",
+        "system/cpu_utilization_percentage",
+    }
+    assert history(database, parent, f"student/{LOSS}") == [(step, 1.0 / (step + 1)) for step in range(5)]
+    assert found.inputs.dataset_inputs[0].dataset.name == "corpus"
+    assert [item.path for item in mlflow.list_artifacts(parent)] == ["job.yaml"]
+
+
+def test_a_stopped_run_leaves_nothing_running(run: Run, database: str) -> None:
+    """Also a child of an earlier, killed attempt that the present one does not know; a run that goes on is running again."""
+
+    def status() -> dict[str, str]:
+        return {stage: client(database).get_run(run_id).info.status for stage, run_id in ids.items()}
+
+    killed = run.tracker(database)
+    killed.start()
+    killed.stage_started("student:old", {})
+    eventually(lambda: len(killed.run_ids) == 2)
+    assert killed.close(None, PATIENCE_S)  # as far as MLflow can tell
+
+    stopped = run.tracker(database)
+    stopped.start()
+    stopped.stage_started("student:new", {})
+    stopped.stage_started("labels", {})
+    stopped.stage_finished("labels", "FINISHED", {})
+    stopped.stage_finished("student:new", "KILLED", {})
+    stopped.end("KILLED")
+    assert stopped.close("KILLED", PATIENCE_S)
+    ids = stopped.run_ids
+    assert status() == {PARENT: "KILLED", "student:old": "KILLED", "student:new": "KILLED", "labels": "FINISHED"}
+
+    again = run.tracker(database)
+    again.start()
+    again.stage_started("student:new", {})
+    eventually(lambda: status()[PARENT] == status()["student:new"] == "RUNNING")
+    again.stage_finished("student:new", "FINISHED", {})
+    assert again.close("FINISHED", PATIENCE_S) and run.warnings == []
+    assert status() == {PARENT: "FINISHED", "student:old": "KILLED", "student:new": "FINISHED", "labels": "FINISHED"}
 
 
 def test_a_deleted_run_is_recorded_anew(run: Run, database: str) -> None:

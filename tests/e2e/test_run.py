@@ -183,7 +183,7 @@ def test_mlflow_has_the_run_once(first: Finished, again: Finished) -> None:
     assert children.keys() == STAGES and len(runs) == 1 + len(STAGES)
     assert {r.data.tags["mlflow.parentRunId"] for r in children.values()} == {parent.info.run_id}
     assert {r.info.status for r in runs} == {"FINISHED"}
-    assert children["student"].data.params["train.learning_rate"] == "0.002"
+    assert parent.data.params["train.learning_rate"] == "0.002"
     assert children["student"].data.params["fingerprint"] == first.stages["student"]["key"]
     for stage in ("labels", "student", "baseline"):
         assert_recorded_once(client, children[stage].info.run_id, metric_points(first.storage, stage))

@@ -55,7 +55,7 @@ def test_a_killed_sweep_goes_on_and_shares_what_its_runs_have_in_common(tmp_path
 
     with started(tmp_path / "killed", *DISTILL, *arguments) as command:
         command.until(lambda: metric_points(storage, "student", "tiny-2"), every_s=0.1)
-        command.kill()
+        command.end()
     first = contents(storage / "runs" / "tiny")
     labelled = commits(storage)
     assert labelled and "report.json" in first
@@ -65,8 +65,8 @@ def test_a_killed_sweep_goes_on_and_shares_what_its_runs_have_in_common(tmp_path
     assert raylets(ended) == 1
     assert commits(storage) == labelled and not ended.started(LABELLER)
     assert contents(storage / "runs" / "tiny") == first
-    assert stages_of(storage, "tiny-2") in (["reused"] * 3 + ["ran"], ["reused"] * 4), "killed while or after it trained"
-    assert stages_of(storage, "tiny-3") == ["reused"] * 3 + ["ran"]
+    for name in RUNS[1:]:
+        assert stages_of(storage, name) == ["reused", "reused", "reused", "ran"], name
     for name in RUNS:
         steps = [point["step"] for point in metric_points(storage, "student", name)]
         assert steps == sorted(set(steps)) and steps[-1] == SWEEP_STEPS - 1, name

@@ -48,7 +48,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory, request: pytes
     """The interpreter of an environment that has the wheel."""
     folder = tmp_path_factory.mktemp("environment") / "venv"
     began = time.monotonic()
-    clean = request.config.getoption("--clean-install", False)  # which exists only where pytest is pointed at this folder
+    clean = bool(request.config.getoption("--clean-install", False))  # which exists only where pytest is pointed at this folder
     venv.create(folder, with_pip=clean, symlinks=True)
     interpreter = str(folder / "bin" / "python")
     if clean:

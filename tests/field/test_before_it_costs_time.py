@@ -19,6 +19,7 @@ import pytest
 from orchestrator.checks import check as checks
 from orchestrator.checks import machine
 from orchestrator.errors import MAX_MESSAGE_CHARS, DistillError
+from orchestrator.plan.checkpoint import POSITION_TABLES
 from orchestrator.plan.make import make_plan
 from orchestrator.runtime.machine import Gpu, Machine
 from orchestrator.spec.load import load_job
@@ -231,6 +232,12 @@ def test_ids_beyond_the_embedding(job: Json, refused: Callable[..., str], tmp_pa
     refused(added | {"data": job["data"] | {"source": source}}, SPEC, "teacher.path", "'<think>'", "512")
 
 
+def test_features_and_shards_that_the_teacher_cannot_give(job: Json, refused: Callable[..., str]) -> None:
+    """Known from the outline of a teacher that is here."""
+    kept = job["labels"] | {"features": {"keep": [{"layer": 9}]}}
+    refused(job | {"labels": kept}, SPEC, "labels.features", "hidden.9", "2 layers")
+
+
 # Positions.
 
 
@@ -243,6 +250,27 @@ def test_positions_that_run_out(job: Json, refused: Callable[..., str], tmp_path
     built = {"kind": "config", "model": {"type": "gpt2", "config": cases.GPT2 | {"n_positions": 32}}}
     assert refused(job | {"student": built}, SPEC) == line.format("student.model")
     assert found(job | {"student": built, "data": job["data"] | {"seq_len": 32}}) == []
+
+
+@pytest.mark.parametrize("kind", sorted(POSITION_TABLES))
+def test_tables_are_those_of_transformers(kind: str) -> None:
+    """Any position table: a window of its length passes, one id more does not; a length left out is transformers' own."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name, default = POSITION_TABLES[kind]
+    assert getattr(AutoConfig.for_model(kind), name) == default
+    widths = dict.fromkeys(("hidden_size", "n_embd", "emb_dim", "word_embed_proj_dim"), 32)
+    depths = dict.fromkeys(("num_layers", "n_layer", "num_hidden_layers", "n_layers"), 1)
+    heads = dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), 4)
+    sizes = widths | depths | heads | {"intermediate_size": 64, "ffn_dim": 64, "dff": 64, "rotary_dim": 4, name: 12}
+    own = {"gpt_neo": {"attention_types": [[["global"], 1]]}}.get(kind, {})
+    known = {key: value for key, value in sizes.items() if hasattr(AutoConfig.for_model(kind), key)}
+    config = AutoConfig.for_model(kind, vocab_size=64, **known, **own)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model(torch.ones(1, 12, dtype=torch.long))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.ones(1, 13, dtype=torch.long))
 
 
 def test_rotary_positions_do_not_run_out(job: Json, tmp_path: Path) -> None:

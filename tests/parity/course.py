@@ -84,6 +84,7 @@ MODELS: dict[str, Model] = {
     "untied": Model(type="llama", config={**SHAPE, "num_hidden_layers": 2, "tie_word_embeddings": False}),
     "deep": Model(type="llama", config={**SHAPE, "num_hidden_layers": 4, "tie_word_embeddings": True}),
     "deep-untied": Model(type="llama", config={**SHAPE, "num_hidden_layers": 4, "tie_word_embeddings": False}),
+    "dropout": Model(type="gpt2", config={"n_embd": 32, "n_layer": 2, "n_head": 4}),
     "experts": Model(type="mixtral", config={**SHAPE, "num_hidden_layers": 2, "num_local_experts": 4}),
 }
 STRATEGIES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.display import Display
 from orchestrator.errors import DataError
 from orchestrator.plan.make import make_plan
-from orchestrator.run.recorder import Run, _books
+from orchestrator.run.recorder import Run, _attempt
 from orchestrator.spec.load import load_job
 
 
@@ -28,7 +28,7 @@ def written(run: Run) -> dict[str, Any]:
 
 def test_a_run_without_faults_says_so(made: Any) -> None:
     run = made()
-    with _books(run):
+    with _attempt(run):
         assert written(run)["status"] == "running"
     found = written(run)
     assert found["started_s"] <= found["ended_s"] and found["seconds"] == pytest.approx(found["ended_s"] - found["started_s"])
@@ -39,12 +39,12 @@ def test_a_run_without_faults_says_so(made: Any) -> None:
 
 def test_faults_outlast_a_failed_attempt(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
     first = made()
-    with pytest.raises(DataError), _books(first):
+    with pytest.raises(DataError), _attempt(first):
         first.warn("student: a training worker died; retry 1/3")
         raise DataError("notes.txt: row 3 is not text")
     assert "retry 1/3" in capsys.readouterr().err and written(first)["status"] == "failed"
     second = made()
-    with _books(second):
+    with _attempt(second):
         second.warn("MLflow is away")
     faults = written(second)["faults"]
     assert [(f["attempt"], f["text"]) for f in faults] == [
@@ -57,17 +57,17 @@ def test_faults_outlast_a_failed_attempt(made: Any, capsys: pytest.CaptureFixtur
 
 def test_a_killed_attempt_is_a_fault_of_the_next(made: Any) -> None:
     killed = made()
-    books = _books(killed)
+    books = _attempt(killed)
     books.__enter__()  # and never left, as by SIGKILL
     killed.warn("said before")
     second = made()
-    with _books(second):
+    with _attempt(second):
         pass
     texts = [f["text"] for f in written(second)["faults"]]
     assert texts[0] == "said before" and texts[1].startswith("attempt 1 was killed") and len(texts) == 2
     assert written(second)["attempt"] == 2
     third = made()
-    with _books(third):
+    with _attempt(third):
         pass
     assert written(third)["faults"] == [] and written(third)["attempt"] == 1
 
@@ -78,7 +78,7 @@ def test_an_interrupt_and_a_bug_are_named(made: Any) -> None:
         (ValueError("one\ntwo " + "x" * 500), "ValueError: one two"),
     ):
         run = made()
-        with pytest.raises(type(error)), _books(run):
+        with pytest.raises(type(error)), _attempt(run):
             raise error
         last = written(run)["faults"][-1]["text"]
         assert last.startswith(f"attempt {run.attempt} ended: {text}") and len(last) <= 300

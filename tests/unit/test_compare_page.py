@@ -81,6 +81,16 @@ def test_a_course_is_the_mean_of_its_seeds_which_lie_faintly_behind(comparison: 
     assert strong[0]["y"] == pytest.approx(np.mean([trace["y"] for trace in faint[:3]], axis=0))
 
 
+def test_without_a_baseline_there_is_the_kl_to_the_teacher(tmp_path: Path) -> None:
+    for i, alpha in enumerate((0, 1)):
+        directory = write_run(tmp_path, f"r{i}", f"objective.alpha={alpha}", ce=3.3 + i / 10)
+        report = json.loads((directory / "report.json").read_text())
+        (directory / "report.json").write_text(json.dumps(report | {"gap_recovered": None, "baseline": None}))
+    found = charts(compared(read_runs(["r0", "r1"], str(tmp_path / "store"))))
+    assert list(found) == ["reached", "kl", "heldout", "ce"]
+    assert found["kl"].rows == [["alpha 0", "0.0500", "–", "–", "1"], ["alpha 1", "0.1000", "–", "–", "1"]]
+
+
 def test_the_axis_of_a_learning_rate_is_logarithmic(tmp_path: Path) -> None:
     for i, rate in enumerate((1e-4, 1e-3, 1e-2)):
         write_run(tmp_path, f"r{i}", f"train.learning_rate={rate}", ce=3.3 + i / 10)

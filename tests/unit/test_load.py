@@ -281,10 +281,10 @@ def test_override_of_a_section_replaces_it() -> None:
 
 
 OVERRIDES = {
-    "train.foo=1": "--set train.foo=1: train.foo: unknown key; known are steps",
+    "train.foo=1": "--set train.foo=1: train.foo: unknown key; known are epochs, steps",
     "trian.steps=1": "--set trian.steps=1: trian: unknown key, did you mean train?",
     "train.steps=x": '--set train.steps=x: train.steps: must be a whole number, got "x"',
-    "train.steps=": "--set train.steps=: train.steps: must be a whole number, got nothing",
+    "train.steps=": "--set train.steps=: train: steps is null and epochs is not given; give one of them",
     "train.steps.x=1": '--set train.steps.x=1: train.steps: must be a whole number, got {"x": 1}',
     "train.betas.7=1": "--set train.betas.7=1: train.betas.7: no such list item",
     "train.betas.x=1": "--set train.betas.x=1: train.betas.x: no such list item",

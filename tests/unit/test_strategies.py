@@ -41,6 +41,16 @@ REFUSED = {
     "train: {workers: 2, parallel: {kind: pipeline}}\nstudent: {mtp_depth: 1}": (
         "student.mtp_depth needs the embedding where the loss is; train.parallel.kind pipeline spreads them: use zero"
     ),
+    "train: {workers: 2, parallel: {kind: pipeline}}\nevaluate: {every: 10}": (
+        "evaluate.every: train.parallel.kind pipeline has no pass but a training step; use zero (stage 3 for large models)"
+    ),
+    "teacher: {train: {workers: 2, parallel: {kind: pipeline}}}\nevaluate: {every: 10}": (
+        "evaluate.every: teacher.train.parallel.kind pipeline"
+    ),
+    "train: {keep: best}": "train.keep: best goes by evaluations during training: give evaluate.every",
+    "teacher: {train: {patience: 2}}": "teacher.train.patience: 2 goes by evaluations during training: give evaluate.every",
+    "train: {steps: 10, epochs: 2}": "steps 10 and epochs 2 are both given; give one of them",
+    "train: {epochs: 0}": "train.epochs: must be above 0",
     "student: {kind: pruned}": "nothing is pruned: give layers, hidden_size, intermediate_size or kv_heads",
     "student: {kind: pruned, layers: 0}": "student.layers",
     "student: {kind: upcycled, path: x, experts: 2, experts_per_token: 3}": "experts_per_token 3 is above experts 2",

@@ -1,0 +1,127 @@
+"""What MLflow is told of a run as a whole: who and where, the job as parameters, and at the end its figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import SpecError
+from orchestrator.runtime.environment import job_tags, tracking_uri, user_name
+from orchestrator.runtime.versions import git_commit
+from orchestrator.spec.job import Job
+from orchestrator.spec.model import CheckpointStudent, ConfigStudent, GgufTeacher, PretrainTeacher, TransformersTeacher
+from orchestrator.store.files import Store
+from orchestrator.store.local import LocalStore
+from orchestrator.tracking.mlflow_tracker import Tracker, redact, run_url, sqlite_uri
+
+if TYPE_CHECKING:
+    from orchestrator.run.recorder import Run
+
+NOTE = "mlflow.note.content"
+_FIGURES = ("teacher", "student", "baseline", "labels", "throughput")
+
+
+def start_tracker(run: Run, state: Path) -> tuple[Tracker, str]:
+    """The started tracker of `run`, whose state is kept in the file `state`, and where a person looks at it."""
+    tracking = run.job.tracking
+    uri = tracking.uri or tracking_uri() or (_own_database(run.store) if tracking.enabled else "")
+    own = uri.startswith("sqlite:") and isinstance(run.store, LocalStore)
+    tracker = Tracker(
+        uri=uri,
+        experiment=tracking.experiment,
+        run_name=run.directory.run,
+        spool_path=run.spool.path,
+        state_path=state,
+        tags=_tags(run),
+        artifact_location=Path(run.store.address("mlartifacts")).as_uri() if own else None,
+        warn=run.warn,
+        enabled=tracking.enabled,
+    )
+    tracker.start()
+    tracker.params(flat(without_password(run.job).model_dump(mode="json")))
+    tracker.text("job.yaml", run.shown_job())
+    return tracker, run_url(uri) if tracking.enabled else "off"
+
+
+def final_figures(report: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of `report` by which runs are compared, as `student/heldout_ce_nats` or `gap_recovered`."""
+    sections = {name: report.get(name) for name in _FIGURES}
+    found = {f"{section}/{name}": value for section, part in sections.items() for name, value in (part or {}).items()}
+    found["gap_recovered"] = report.get("gap_recovered")
+    return {name: value for name, value in found.items() if isinstance(value, int | float) and isfinite(value)}
+
+
+def description(job: Job) -> str:
+    """One sentence that says what `job` does."""
+    train = job.train
+    return (
+        f"Distils {_teacher(job)} into {_student(job)} on {job.data.source.kind} text: {job.labels.kind} labels, "
+        f"{train.steps} steps of {train.global_batch} rows of {job.data.seq_len} tokens."
+    )
+
+
+def without_password(job: Job) -> Job:
+    """`job` as others may see it."""
+    uri = job.tracking.uri
+    return job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": redact(uri)})}) if uri else job
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested sections, and lists of them, as one level of dotted names; a list of plain values is one value."""
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
+        items = list(enumerate(value))
+    else:
+        return {prefix: json.dumps(value) if isinstance(value, list) else value}
+    found: dict[str, Any] = {}
+    for name, item in items:
+        found |= flat(item, f"{prefix}.{name}" if prefix else str(name))
+    return found
+
+
+def _tags(run: Run) -> dict[str, str]:
+    """Tags of the parent run, those in the list that MLflow's own clients set among them."""
+    submission = job_tags()
+    tags = {
+        "run_directory": run.store.address(run.directory.key),
+        "identity": run.directory.identity,
+        "mlflow.source.name": "distill run",
+        "mlflow.source.type": "JOB" if submission else "LOCAL",
+        "mlflow.source.git.commit": git_commit(),
+        "mlflow.user": user_name(),
+        NOTE: description(run.job),
+    }
+    return {name: value for name, value in tags.items() if value} | submission
+
+
+def _own_database(store: Store) -> str:
+    if not isinstance(store, LocalStore):
+        raise SpecError(
+            f"tracking.uri: {store.address()} cannot hold MLflow's database; give the address of an MLflow server there or in "
+            "MLFLOW_TRACKING_URI, or set tracking.enabled: false"
+        )
+    return sqlite_uri(store.path("mlflow.db"))
+
+
+def _teacher(job: Job) -> str:
+    match job.teacher:
+        case PretrainTeacher(model=model):
+            return f"a {model.type} teacher trained for it"
+        case TransformersTeacher(path=path):
+            return path
+        case GgufTeacher(file=file, package=package):
+            return file or f"the model of {package}"
+
+
+def _student(job: Job) -> str:
+    match job.student:
+        case ConfigStudent(model=model):
+            return f"a {model.type} student from scratch"
+        case CheckpointStudent(path=path):
+            return f"the checkpoint {path}"
+        case other:
+            return f"a student of kind {other.kind}"

@@ -1,0 +1,76 @@
+"""Where training ends and which weights it leaves, where held-out cross entropy decides that.
+
+    <stage folder>/best/step-000120/model/...       as a finished stage leaves a model
+                                    manifest.json   with the step and its cross entropy, written last
+
+A run that is killed goes on from a checkpoint, which says what was best by then; so the models that the two kept checkpoints
+speak of are kept with them.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+
+from orchestrator.errors import IntegrityError
+from orchestrator.store.files import Store
+from orchestrator.store.records import MODEL, finished_model
+from orchestrator.student.job import TrainingJob
+
+
+class Selection:
+    """The best evaluation so far, and how many have followed it; the same on every rank."""
+
+    def __init__(self, store: Store, job: TrainingJob) -> None:
+        self._store, self._job = store, job
+        self._best_nats, self._best_step, self._since = math.inf, 0, 0
+        self._at_checkpoint = 0
+        """Best step as the last checkpoint has it."""
+
+    def take(self, done: int, heldout_ce_nats: float, save: Callable[[str, dict[str, float]], None]) -> None:
+        """Take in the evaluation after `done` steps; `save` leaves the model under a stage folder, with its figures."""
+        if not heldout_ce_nats < self._best_nats:
+            self._since += 1
+            return
+        self._best_nats, self._best_step, self._since = heldout_ce_nats, done, 0
+        if self._job.train.keep == "best":
+            save(self._folder(done), {"step": done, "heldout_ce_nats": heldout_ce_nats})
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether training is to stop."""
+        return self._job.train.patience is not None and self._since >= self._job.train.patience
+
+    def state(self) -> list[float]:
+        """What a checkpoint keeps."""
+        return [self._best_nats, self._best_step, self._since]
+
+    def restore(self, state: list[float]) -> None:
+        self._best_nats, self._best_step, self._since = state[0], int(state[1]), int(state[2])
+        self._at_checkpoint = self._best_step
+
+    def prune(self) -> None:
+        """Remove the models that neither this checkpoint nor the one before speaks of; called on one rank."""
+        kept = {_name(self._best_step), _name(self._at_checkpoint)}
+        for name in self._store.keys(f"{self._job.folder}/best"):
+            if name not in kept:
+                self._store.remove(f"{self._job.folder}/best/{name}")
+        self._at_checkpoint = self._best_step
+
+    def finish(self) -> dict[str, float]:
+        """Make the best model the stage's, without its manifest; called on one rank. Returns figures for that."""
+        folder = self._folder(self._best_step)
+        best = finished_model(self._store, folder)
+        if best is None:
+            raise IntegrityError(f"{self._store.address(folder)}: the best model is gone or damaged; remove its stage's folder")
+        with self._store.folder_for(f"{self._job.folder}/{MODEL}") as target:
+            shutil.copytree(best.path, target, dirs_exist_ok=True)
+        return {"kept_step": self._best_step}
+
+    def _folder(self, step: int) -> str:
+        return f"{self._job.folder}/best/{_name(step)}"
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
