@@ -23,6 +23,7 @@ PREFIX = "distill: "
 MACHINERY = ("Traceback", "pydantic", "click", "typer", "ray.", "UDF", "Errno", "object at 0x")
 USAGE, DATA, ENVIRONMENT = 2, 3, 4
 JOB = "jobs/quickstart.yaml"
+SHORT: Json = {"kind": "config", "model": {"type": "gpt2", "config": cases.GPT2 | {"n_positions": 32}}}
 ROOT = Path(__file__).parents[2]
 
 
@@ -45,7 +46,7 @@ SLIPS = [
     slip("reprot x", "did you mean report?"),
     slip("sumbit x.yaml", "did you mean submit?"),
     slip("Run x.yaml", "did you mean run?"),
-    slip("bogus", "bogus: no such command", "distill -h"),
+    slip("xyzzy", "xyzzy: no such command", "distill -h"),
     slip("xyz --nope", "no such command", "distill -h"),
     slip("help", "help: no such command", "distill -h"),
     slip("version", "version: no such command", "distill -h"),
@@ -124,7 +125,7 @@ SLIPS = [
     slip(f"run {JOB} --set train.steps=-1", "train.steps", "must be"),
     slip(f"sweep {JOB} --grid objective.alpha", "--grid", "KEY=a,b,c"),
     slip("labels verify nowhere", "not a label log", "STORAGE/labels/KEY"),
-    slip("report nowhere", "nowhere", "distill runs"),
+    slip("report nowhere", "nowhere: no such run", "--storage"),
     slip("list --address ray://h:1", "--address", "host:port"),
 ]
 
@@ -135,7 +136,7 @@ def say(args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     def no_ray(*_: object, **__: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("orchestrator.run.ray_session", no_ray)
+    monkeypatch.setattr("orchestrator.run.recorder.ray_session", no_ray)
     monkeypatch.setattr(sys, "argv", ["distill", *args])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ending:
@@ -239,18 +240,24 @@ ERRORS = [
     wrong("a share above one", {"data.heldout_fraction": 1.5}, "data.heldout_fraction", "must be below 1"),
     wrong("alpha above one", {"objective.alpha": 2}, "objective.alpha", "must be at most 1"),
     wrong("an unknown precision", {"train.precision": "fp12"}, "train.precision", "must be", "bf16"),
-    wrong("a batch that does not divide", {"train.global_batch": 7}, "train.global_batch", "7"),
-    wrong("a warmup longer than the training", {"train.warmup_steps": 50}, "train.warmup_steps", "12"),
+    wrong("a batch that does not divide", {"train.global_batch": 7}, "train", "7 rows", "micro_batch 4"),
+    wrong("a warmup longer than the training", {"train.warmup_steps": 50}, "warmup_steps 50 exceeds steps 12"),
     wrong("a temperature without labels", {"objective.temperature": 3.0}, "objective.temperature", "labels.temperatures"),
     wrong("features that are not kept", {"objective.features": [{"kind": "mse", "weight": 1.0}]}, "objective.features"),
     # Data.
     wrong("a file that is not there", source("text", "nowhere.txt"), "data.source.paths", "nowhere.txt", code=DATA),
     wrong("a glob without a file", source("text", "*.nothing"), "data.source.paths", "*.nothing", code=DATA),
-    wrong("a row without text", source("jsonl", "null.jsonl"), "null.jsonl:51", "null", "take such rows out", code=DATA),
+    wrong("a row without text", source("jsonl", "null.jsonl"), "null.jsonl at byte", "null", "take such rows out", code=DATA),
     wrong("another column", source("jsonl", "base.jsonl", field="body"), "no", "body", code=DATA),
-    wrong("a line that is no JSON", source("jsonl", "broken.jsonl"), "broken.jsonl:1", "not a JSON line", code=DATA),
-    wrong("a number for a document", source("jsonl", "number.jsonl"), "number.jsonl:1", code=DATA),
-    wrong("chat messages", source("jsonl", "chat.jsonl", field="messages"), "chat.jsonl:1", "messages", code=DATA),
+    wrong("a line that is no JSON", source("jsonl", "broken.jsonl"), "broken.jsonl at byte 0", "not a JSON line", code=DATA),
+    wrong("a number for a document", source("jsonl", "number.jsonl"), "number.jsonl at byte 0", "as one text", code=DATA),
+    wrong(
+        "chat messages",
+        source("jsonl", "chat.jsonl", field="messages"),
+        "chat.jsonl at byte 0",
+        "apply_chat_template",
+        code=DATA,
+    ),
     wrong("an empty corpus", source("text", "empty.txt"), "data.source", "empty", code=DATA),
     wrong("one document", source("jsonl", "one.jsonl"), "one document", code=DATA),
     wrong("bytes that are no text", source("text", "latin.txt"), "latin.txt", "not UTF-8", "data.undecodable", code=DATA),
@@ -264,14 +271,14 @@ ERRORS = [
     wrong("an unknown type", {"student.model.type": "llamma"}, "student.model.type", "llamma"),
     wrong("another vocabulary", {"student.model.config.vocab_size": 600}, "vocab_size", "600", "512"),
     wrong("more labels than ids", {"labels": {"kind": "topk", "k": 600}}, "labels.k", "600", "512"),
-    wrong("windows beyond the positions", {"data.seq_len": 1024}, "seq_len", "1024", "512"),
+    wrong("windows beyond the positions", {"student": SHORT}, "data.seq_len", "64", "32"),
     wrong("a package that is not there", {"teacher": {"kind": "package", "package": "no-such"}}, "teacher"),
     # Machine, storage, tracking, cluster.
     wrong("GPUs that are not there", {"train.gpus_per_worker": 1}, "train.gpus_per_worker", code=ENVIRONMENT),
     wrong("a storage of another kind", {"storage": "gs://bucket/folder"}, "storage", "s3://"),
     wrong("a storage that is a file", {"storage": "FOLDER/empty.txt"}, "empty.txt", code=ENVIRONMENT),
     wrong("a storage that cannot be made", {"storage": "/proc/no/store"}, "/proc/no/store", code=ENVIRONMENT),
-    wrong("an address of another kind", {"cluster.address": "nonsense"}, "cluster.address"),
+    wrong("an address that is none", {"cluster.address": 3}, "cluster.address", "must be text"),
 ]
 
 
