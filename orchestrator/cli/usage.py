@@ -76,7 +76,8 @@ def explain(error: typer.TyperException, app: typer.Typer, args: Sequence[str]) 
     place = Place(path, ctx.command) if ctx else find_place(typer.main.get_command(app), args)
     match error:
         case click.exceptions.MissingParameter(param=param) if param is not None:
-            return _missing(place, (param.metavar or param.name.upper()).strip("[]"))
+            option = f"{param.opts[0]} " if param.param_type_name == "option" else ""
+            return _missing(place, option, (param.metavar or param.name.upper()).strip("[]"))
         case click.exceptions.BadParameter(param=param) if param is not None:
             problem = f"{max(param.opts, key=len)} {_bad_value(error)}"
         case click.exceptions.NoSuchOption(option_name=name):
@@ -119,11 +120,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
-def _missing(place: Place, argument: str) -> str:
+def _missing(place: Place, option: str, argument: str) -> str:
     if argument not in EXAMPLES:
-        return f"{place.verb} needs {argument}; {place.call} -h explains it"
+        return f"{place.verb} needs {option}{argument}; {place.call} -h explains it"
     example, origin = EXAMPLES[argument]
-    return f"{place.verb} needs {argument}, for example {place.call} {example}; {origin}"
+    return f"{place.verb} needs {option}{argument}, for example {place.call} {example}; {origin}"
 
 
 def _bad_value(error: click.exceptions.BadParameter) -> str:
@@ -155,9 +156,7 @@ def _no_such_verb(word: str, place: Place, app: typer.Typer) -> str:
     if not place.verb and (word.endswith((".yaml", ".yml")) or Path(word).is_file()):
         return f"{word}: no such command, did you mean distill run {word}?"
     elsewhere = {path.split()[-1]: path for path in verbs(typer.main.get_command(app))}
-    meant = did_you_mean(word, place.command.commands)
-    if meant is None and word in elsewhere:
-        meant = f"distill {elsewhere[word]}"
+    meant = f"distill {elsewhere[word]}" if word in elsewhere else did_you_mean(word, place.command.commands)
     return f"{word}: no such command" + (f", did you mean {meant}?" if meant else f"; {place.call} -h lists those there are")
 
 

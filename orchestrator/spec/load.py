@@ -81,7 +81,7 @@ def _read_text(path: Path, name: str) -> str:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise SpecError(f"{name}: no such file") from None
+        raise SpecError(f"{name}: no such file; distill init writes a job file") from None
     except IsADirectoryError:
         raise SpecError(f"{name}: is a directory, not a job file") from None
     except OSError as error:

@@ -38,7 +38,8 @@ def from_parquet(data: bytes, record: ShardRecord, where: str) -> pa.Table:
     """The table in `data`; raises `IntegrityError` naming `where` if a byte differs from what was committed."""
     if hashlib.sha256(data).hexdigest() != record.sha256:
         raise IntegrityError(f"{where}: sha256 mismatch, the file has changed since it was written")
-    table = pq.read_table(io.BytesIO(data), use_threads=False, page_checksum_verification=True)
+    # Not from a Python object: a thread of arrow that still holds one when the interpreter ends aborts the process.
+    table = pq.read_table(pa.BufferReader(data), use_threads=False, page_checksum_verification=True)
     if table.num_rows != record.rows:
         raise IntegrityError(f"{where}: {table.num_rows} rows where {record.rows} were committed")
     return table
