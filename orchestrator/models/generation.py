@@ -54,15 +54,15 @@ def check_folder(folder: Path) -> None:
     """Raise `IntegrityError` if the model in `folder` and the tokenizer beside it do not belong together."""
     from transformers import AutoTokenizer
 
-    ids, (vocab_size, _) = _tokenizer_ids(folder), _sizes(folder)
-    config, generation = read_json(folder / CONFIG), read_json(folder / GENERATION)
-    for name, expected in ids.items():
-        if expected is not None and expected >= vocab_size:
-            raise IntegrityError(f"{folder}: {name} is {expected}, but the model knows {vocab_size} ids only")
-        for file, found in ((CONFIG, config.get(name)), (GENERATION, generation.get(name))):
-            several = file == GENERATION and name == "eos_token_id" and found is not None
-            if (expected not in (None, *_listed(found))) if several else (found != expected):
-                raise IntegrityError(f"{folder}/{file}: {name} is {found}, but that of the tokenizer is {expected}")
+    ids, (vocab_size, positions) = _tokenizer_ids(folder), _sizes(folder)
+    generation = read_json(folder / GENERATION)
+    right = {CONFIG: ids, GENERATION: _fitting(generation, ids, vocab_size, positions)}
+    for file, found in ((CONFIG, read_json(folder / CONFIG)), (GENERATION, generation)):
+        for name, own in ids.items():
+            if own is not None and own >= vocab_size:
+                raise IntegrityError(f"{folder}: {name} is {own}, but the model knows {vocab_size} ids only")
+            if found.get(name) != right[file][name]:
+                raise IntegrityError(f"{folder}/{file}: {name} is {found.get(name)}, by the tokenizer {right[file][name]}")
     if not is_plain(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), folder):
         raise IntegrityError(f"{folder}/{SETTINGS}: with this class transformers makes other ids than {TOKENIZER} says")
 

@@ -157,7 +157,7 @@ def test_ids_that_are_not_the_tokenizers_are_an_error(exports: dict[str, Path], 
     ):
         before = (folder / file).read_text()
         rewrite(folder / file, **{key: value})
-        with pytest.raises(IntegrityError, match=f"{file}: {key} is .*, but that of the tokenizer is"):
+        with pytest.raises(IntegrityError, match=f"{file}: {key} is .*, by the tokenizer"):
             check_folder(folder)
         (folder / file).write_text(before)
 
