@@ -16,8 +16,8 @@ from orchestrator.tracking.mlflow_tracker import sqlite_uri
 from tests.e2e.mlflow_runs import Server, client
 from tests.screens.browser import Browser, browser
 
-PARAMETER, METRIC = "objective.alpha", "student/heldout_ce_nats"
-COLUMNS = [f"params.`{PARAMETER}`", *(f"metrics.`{name}`" for name in (METRIC, "gap_recovered", "student/kl_to_teacher_nats"))]
+PARAMETER, METRIC, KL = "objective.alpha", "student/heldout_ce_nats", "student/kl_to_teacher_nats"
+COLUMNS = [f"params.`{PARAMETER}`", *(f"metrics.`{name}`" for name in (METRIC, KL, "student/top1_agreement"))]
 FILTER = f"params.`{PARAMETER}` LIKE '%'"
 """Children have no such parameter."""
 WIDTH, HEIGHT = 1300, 760
@@ -67,7 +67,7 @@ def picture_table(page: Browser, address: str, runs: list[Any], file: Path) -> N
     for run in runs:
         page.shows(run.data.params[PARAMETER])
         page.shows(run.info.run_name)
-    page.shows("gap_recovered")
+    page.shows(KL)
     page.settle()
     page.shot(file)
 
