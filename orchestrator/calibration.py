@@ -72,7 +72,7 @@ def calibrated(job: Job, clock: Clock = time.perf_counter) -> Calibration:
     torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
     with tempfile.TemporaryDirectory() as scratch:
         backend = "nccl" if job.train.gpus_per_worker > 0 else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
         try:
             taught, teacher_flops_per_s = _lesson(job, shallow(teacher, DEPTHS[-1]), vocab, Path(scratch) / "teacher", clock)
             found: list[tuple[Decoder, StepTime]] = []

@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,28 +24,77 @@ log = logging.getLogger("orchestrator")
 
 
 @dataclass
+class _Pace:
+    """Speed and waiting of a training so far, as the report defines them: from its first step on, waiting included."""
+
+    tokens: float = 0.0
+    waited_s: float = 0.0
+    took_s: float = 0.0
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Take a point that has rates."""
+        took_s = metrics[names.INTERVAL_S]
+        self.took_s += took_s
+        self.tokens += metrics[names.TRAIN_TOKENS_PER_S] * took_s
+        self.waited_s += metrics[names.LABEL_WAIT_FRACTION] * took_s
+
+    def figures(self) -> dict[str, float]:
+        """Under the names that a finished training has them by."""
+        if not self.took_s:
+            return {}
+        return {"tokens_per_s": self.tokens / self.took_s, "label_wait_fraction": self.waited_s / self.took_s}
+
+
+_SHOWN = (
+    ("final_loss_nats", "loss {:.4f}"),
+    ("tokens_per_s", "{:,.0f} tokens/s"),
+    ("label_wait_fraction", "waits {:.0%}"),
+    (names.BYTES_PER_TOKEN, "{:.1f} B/token"),
+)
+_LIVE = {
+    names.LOSS: "final_loss_nats",
+    names.LABEL_TOKENS_PER_S: "tokens_per_s",
+    names.BLOCKED_FRACTION: "label_wait_fraction",
+    names.BYTES_PER_TOKEN: names.BYTES_PER_TOKEN,
+}
+"""Metrics that say how things are so far, and the figures of a finished stage that they become."""
+
+
+@dataclass
 class _Row:
     status: str = "waiting"
     started: float = 0.0
     seconds: float = 0.0
     done: int = 0
+    last: int = 0
+    """`done` as the last point had it: less than `done` while steps are repeated after a worker's death."""
     total: int = 0
     first: int = 0
     """`done` when the stage was first heard of: what a resumed run had already."""
     first_at: float = 0.0
     """When that was; starting up says nothing about the pace."""
-    metrics: dict[str, float] = field(default_factory=dict)
+    pace: _Pace | None = None
+    """None before the first rates, which are about starting up."""
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def take(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Take a metric point, after which `done` steps or shards are done."""
+        if not self.first_at:
+            self.first, self.first_at = done, time.time()
+        if names.TRAIN_TOKENS_PER_S in metrics:
+            if self.pace is None or done <= self.last:  # a worker died, and its successor has started up
+                self.pace = _Pace()
+            else:
+                self.pace.add(metrics)
+            self.figures |= self.pace.figures()
+        self.last, self.done = done, max(self.done, done)
+        self.figures |= {_LIVE[name]: value for name, value in metrics.items() if name in _LIVE}
 
     def detail(self) -> str:
         parts = [f"{self.done}/{self.total}"] if self.total and self.done else []
-        shown = (
-            (names.LOSS, "loss {:.4f}"),
-            (names.TRAIN_TOKENS_PER_S, "{:,.0f} tokens/s"),
-            (names.LABEL_TOKENS_PER_S, "{:,.0f} tokens/s"),
-            (names.LABEL_WAIT_FRACTION, "waits {:.0%}"),
-            (names.BYTES_PER_TOKEN, "{:.1f} B/token"),
-        )
-        parts += [text.format(self.metrics[name]) for name, text in shown if name in self.metrics]
+        if self.status in ("ran", "reused") and "steps" in self.figures:
+            parts = [f"{self.figures['steps']:.0f} steps"]
+        parts += [text.format(self.figures[name]) for name, text in _SHOWN if name in self.figures]
         if self.status == "running" and self.done > self.first:
             left = (self.total - self.done) * (time.time() - self.first_at) / (self.done - self.first)
             parts.append(f"{left:,.0f} s left")
@@ -100,10 +149,12 @@ class Display:
             row = self._rows.setdefault(stage, _Row())
             row.status, row.started = "running", time.time()
 
-    def stage_finished(self, stage: str, status: str, seconds: float) -> None:
+    def stage_finished(self, stage: str, status: str, seconds: float, figures: Mapping[str, float]) -> None:
+        """Show how `stage` ended; `figures` are those of the whole stage, some of which the points may not have told yet."""
         with self._mutex:
             row = self._rows[stage]
             row.status, row.seconds = status, seconds
+            row.figures |= figures
         if self._live is None:
             self.say(f"{stage:<9} {status:<7} {seconds:6.1f} s  {row.detail()}".rstrip())
 
@@ -111,11 +162,7 @@ class Display:
         """Take a metric point; plain output shows one line every ten seconds."""
         with self._mutex:
             row = self._rows.setdefault(stage, _Row())
-            done = step if stage == "labels" else step + 1
-            if not row.first_at:
-                row.first, row.first_at = done, time.time()
-            row.done = max(row.done, done)
-            row.metrics.update(metrics)
+            row.take(step if stage == "labels" else step + 1, metrics)
         if self._live is None and time.time() - self._said > PLAIN_EVERY_S:
             self._said = time.time()
             self.say(" | ".join(f"{name} {row.detail()}" for name, row in self._rows.items() if row.status == "running"))

@@ -39,7 +39,8 @@ def examine(job: Job | None) -> Iterator[Finding]:
     if job is not None:
         plan = make_plan(job)
         for found in check(plan).findings:
-            yield Finding(found.key, found.refusal is None, found.text.removeprefix(f"{found.key}: "))
+            said = found.text.removeprefix(f"{found.key}: ")
+            yield Finding(found.key, found.refusal is None, said if found.refusal else f"warning: {said}")
         yield look("models", lambda: _models(job))
         yield look("storage", lambda: _storage(plan))
         if job.cluster.address != "local":

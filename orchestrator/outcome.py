@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.labelling import Labelled, replica_of
 from orchestrator.plan.fingerprint import fingerprint
+from orchestrator.plan.resources import room_beside
+from orchestrator.report.timeline import TRAININGS, bottleneck, lanes
 from orchestrator.run import Run
 from orchestrator.runtime.versions import git_commit, versions
 from orchestrator.store.records import ModelFolder, Tokens
@@ -65,36 +67,76 @@ def _led(run: Run, teacher: ModelFolder) -> Iterator[Spread | None]:
 def compose(run: Run, tokens: Tokens, labels: Labelled, student: ModelFolder, measured: Measured) -> dict[str, Any]:
     """The report so far: everything but the stages that are still to come."""
     from orchestrator.evaluate.measure import gap_recovered
-    from orchestrator.runtime.board import FIRST_STEP
+    from orchestrator.runtime.nodes import hardware
 
-    seal, training, figures = labels.seal, student.manifest.training, measured.figures
-    progress = run.progress()
-    first_step = progress.get(f"student.{FIRST_STEP}")
     return {
         "name": run.job.name,
         "run": run.directory.run,
-        **{name: figures.get(name) for name in ("teacher", "student", "baseline")},
-        "gap_recovered": gap_recovered(figures),
+        **_models(measured),
+        "gap_recovered": gap_recovered(measured.figures),
+        "gap_recovered_interval": measured.intervals and measured.intervals.gap_recovered,
         "heldout": measured.by_token,
-        "labels": {
-            "kind": run.job.labels.kind,
-            "bytes_per_token": seal.bytes / (seal.rows * tokens.manifest.seq_len),
-            "rows": seal.rows,
-            "shards": seal.shards,
-            "bytes": seal.bytes,
-            "reused_shards": labels.reused_shards,
-        },
-        "throughput": {
-            "teacher_tokens_per_s": labels.tokens_per_s,
-            "student_tokens_per_s": training.get("tokens_per_s"),
-            "teacher_wait_fraction": labels.blocked_fraction,
-            "student_wait_fraction": training.get("label_wait_fraction"),
-            "time_to_first_step_s": None if first_step is None else first_step - run.started,
-        },
+        "generated": measured.generated,
+        "data": _data(run, tokens),
+        "labels": _labels(run, tokens, labels),
+        "training": {n: run.stages[n].figures for n in TRAININGS if n in run.stages and "steps" in run.stages[n].figures},
+        "throughput": _throughput(run, labels, student.manifest.training),
         "ledger": labels.ledger.model_dump(),
+        "hardware": hardware(),
         "versions": versions(),
         "seed": run.job.seed,
         "git_commit": git_commit(),
+        "job_file": run.store.address(f"{run.directory.key}/job.yaml"),
+        "tracking": run.tracker.address if run.job.tracking.enabled else None,
+    }
+
+
+def _models(measured: Measured) -> dict[str, Any]:
+    """The figures of each model, None for one that the run does not have."""
+    intervals = measured.intervals.heldout_ce_nats if measured.intervals else {}
+    named = {name: figures | {"heldout_ce_nats_interval": intervals.get(name)} for name, figures in measured.figures.items()}
+    return {name: named.get(name) for name in ("teacher", "student", "baseline")}
+
+
+def _data(run: Run, tokens: Tokens) -> dict[str, Any]:
+    manifest, rows = tokens.manifest, sum(tokens.manifest.shard_rows)
+    return {
+        "source": run.job.data.source.kind,
+        "documents": manifest.documents,
+        "heldout_documents": manifest.heldout_documents,
+        "skipped_documents": manifest.skipped_documents,
+        "rows": rows,
+        "heldout_rows": sum(shard.rows for shard in manifest.heldout),
+        "tokens": rows * manifest.seq_len,
+        "dropped_tokens": manifest.dropped_tokens,
+        "seq_len": manifest.seq_len,
+        "target_share": manifest.target_share,
+    }
+
+
+def _labels(run: Run, tokens: Tokens, labels: Labelled) -> dict[str, Any]:
+    seal = labels.seal
+    return {
+        "kind": run.job.labels.kind,
+        "bytes_per_token": seal.bytes / (seal.rows * tokens.manifest.seq_len),
+        "rows": seal.rows,
+        "shards": seal.shards,
+        "bytes": seal.bytes,
+        "reused_shards": labels.reused_shards,
+    }
+
+
+def _throughput(run: Run, labels: Labelled, training: Mapping[str, float]) -> dict[str, Any]:
+    """Tokens by the time from the first shard, or first step, to the last, waiting included."""
+    from orchestrator.runtime.board import FIRST_STEP
+
+    first_step = run.progress().get(f"student.{FIRST_STEP}")
+    return {
+        "teacher_tokens_per_s": labels.tokens_per_s,
+        "student_tokens_per_s": training.get("tokens_per_s"),
+        "teacher_wait_fraction": labels.blocked_fraction,
+        "student_wait_fraction": training.get("label_wait_fraction"),
+        "time_to_first_step_s": None if first_step is None else first_step - run.started,
     }
 
 
@@ -111,7 +153,6 @@ def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[s
     """report.json, report.html and summary.md in the run directory, and in MLflow."""
     from orchestrator.report.build import verdict
     from orchestrator.report.build import write_report as write
-    from orchestrator.report.timeline import bottleneck, lanes
 
     run.collect()
     report["throughput"]["wall_s"] = time.time() - run.started
@@ -120,7 +161,9 @@ def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[s
     ]
     report["fingerprints"] = {r.stage: r.key for r in run.stages.values()}
     report["timeline"] = {lane.stage: lane.figures() for lane in lanes(report["stages"], run.points())}
-    report["bottleneck"] = bottleneck(report["timeline"])
+    total = {"CPU": sum(node["cores"] for node in report["hardware"]), "GPU": sum(len(n["gpus"]) for n in report["hardware"])}
+    wall_s, room = report["throughput"]["wall_s"], room_beside(run.job, total)
+    report["bottleneck"] = bottleneck(report["stages"], report["timeline"], wall_s, room)
     report |= {"attempt": run.attempt, "faults": [asdict(fault) for fault in run.faults]}
     samples = [[asdict(token) for token in sample] for sample in measured.samples]
     with run.stage("report", fingerprint("report", report["fingerprints"])):

@@ -124,7 +124,9 @@ def pretrain_teacher(run: Run, tokens: Tokens) -> ModelFolder:
         soft=None,
         evaluation=Evaluation(every, run.job.evaluate.every_rows, log=None) if every else None,
     )
-    return _train(run, tokens, job)
+    with side_by_side(run) as work:  # in a thread: on the main one Ray Train would take SIGINT for itself, and keep it
+        teacher = work.start(_train, run, tokens, job)
+    return teacher.result()
 
 
 def prepare_student(run: Run, tokens: Tokens, teacher: ModelFolder) -> Model | Initial:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.evaluate.tokens import Against, by_token
+from orchestrator.plan.resources import Room
 from orchestrator.report.timeline import bottleneck, lanes
 
 STEPS, SHARDS, TOKENS = 20, 8, 5000
@@ -47,6 +48,7 @@ def small_report(student: float = 3.375, baseline: float | None = 3.4, teacher: 
         "seed": 7,
         "git_commit": "7c1e2fdb0c5f4f1d",
         "fingerprints": {"labels": "ab" * 32},
+        "job_file": "/data/runs/tiny/job.yaml",
         "stages": [
             {"stage": "data", "status": "reused", "started_s": 0.0, "seconds": 0.0},
             {"stage": "labels", "status": "ran", "started_s": 1.0, "seconds": 18.0},
@@ -54,6 +56,37 @@ def small_report(student: float = 3.375, baseline: float | None = 3.4, teacher: 
         ],
         "attempt": 1,
         "faults": [],
+        "bottleneck": "Teacher and student kept pace.",
+        "timeline": {},
+        "generated": [],
+        "data": {
+            "source": "text",
+            "documents": 321,
+            "heldout_documents": 64,
+            "skipped_documents": 2,
+            "rows": 64,
+            "heldout_rows": 16,
+            "tokens": 64 * 128,
+            "dropped_tokens": 57,
+            "seq_len": 128,
+            "target_share": 0.75,
+        },
+        "training": {
+            name: {
+                "steps": 20,
+                "rows_seen": 160,
+                "rows_there": 64,
+                "passes": 2.5,
+                "tokens_seen": 160 * 128,
+                "kept_step": 15,
+                "tokens_per_s": 26750.0,
+                "label_wait_fraction": wait,
+                "peak_memory_bytes": 1_420_000_000,
+            }
+            for name, wait in (("student", 0.31), ("baseline", 0.0))
+        },
+        "hardware": [{"node": "10.0.0.1", "cores": 16, "memory_bytes": 137_000_000_000, "gpus": ["H200"]}],
+        "tracking": "http://localhost:5000/#/experiments/1/runs/abc",
     }
 
 
@@ -64,6 +97,9 @@ def small_points(steps: int = STEPS) -> list[dict[str, Any]]:
         for stage, extra in (("student", 0.0), ("baseline", 0.1)):
             ce = 4 - step / steps + extra
             metrics = {"train/ce_nats": ce, "train/loss": ce, "train/kd_nats": 0.5, "train/tokens_per_s": 900.0 + step}
+            metrics |= {"train/learning_rate": 1e-3 * (1 - step / steps), "train/grad_norm": 1 + 1 / (step + 1)}
+            if step % 5 == 4:
+                metrics |= {"heldout/ce_nats": ce + 0.05, "heldout/kl_nats": 0.3 - step / 100}
             metrics |= {"train/interval_s": 1.0, "train/label_wait_fraction": 0.8 if step <= steps // 2 else 0.0}
             points.append({"stage": stage, "step": step, "time_s": 5.0 + step, "metrics": metrics})
     for shard in range(1, SHARDS + 1):
@@ -84,7 +120,17 @@ def whole_report(seed: int) -> dict[str, Any]:
     report = small_report()
     report["heldout"] = by_token(entropy, against)
     report["timeline"] = {lane.stage: lane.figures() for lane in lanes(report["stages"], small_points())}
-    report["bottleneck"] = bottleneck(report["timeline"])
+    report["bottleneck"] = bottleneck(report["stages"], report["timeline"], 61.0, Room(replica=True, worker=True))
+    report |= {
+        "gap_recovered_interval": [0.18, 0.31],
+        "generated": [
+            {"prompt": "def f(x):", "teacher": "\n    return x + 1", "student": "\n    return x", "baseline": ""},
+            {"prompt": "The student's", "teacher": " teacher <b>", "student": " teacher", "baseline": " the the"},
+        ],
+    }
+    for name in ("teacher", "student", "baseline"):
+        ce = report[name]["heldout_ce_nats"]
+        report[name]["heldout_ce_nats_interval"] = [ce - 0.02, ce + 0.02]
     report["faults"] = [{"attempt": 1, "time_s": 12.0, "text": "student: a training worker died; retry 1/3"}]
     return report
 

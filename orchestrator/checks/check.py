@@ -11,6 +11,7 @@ from orchestrator.checks.finding import Finding, gathered
 from orchestrator.checks.machine import machine_findings
 from orchestrator.checks.models import MODEL_CHECKS, strange_ids
 from orchestrator.data.sample import Sample, read_sample
+from orchestrator.errors import DistillError
 from orchestrator.plan.length import steps_of
 from orchestrator.plan.make import Plan
 from orchestrator.runtime.machine import this_machine
@@ -36,20 +37,22 @@ class Checked:
 
 def check(plan: Plan) -> Checked:
     """Look at models, corpus and machine; starts no Ray, imports no torch, fetches nothing."""
-    findings, samples = list(check_models(plan.job)), []
-
-    def corpus() -> Iterator[Finding]:
-        sample = read_sample(plan.job.data)
-        if sample is not None:
-            samples.append(sample)
-            yield from strange_ids(plan.job, sample.texts)
-            yield from sample_findings(plan, sample)
-
-    findings += gathered(corpus)
+    sample, of_corpus = _corpus(plan)
+    findings = [*check_models(plan.job), *of_corpus]
     if plan.job.cluster.address == "local":
         findings += gathered(lambda: machine_findings(plan, this_machine()))
-    findings.sort(key=lambda finding: finding.refusal is None)
-    return Checked(tuple(findings), samples[0] if samples else None)
+    return Checked(tuple(sorted(findings, key=lambda finding: finding.refusal is None)), sample)
+
+
+def _corpus(plan: Plan) -> tuple[Sample | None, list[Finding]]:
+    try:
+        sample = read_sample(plan.job.data)
+    except DistillError as error:
+        return None, [Finding(str(error), type(error))]
+    if sample is None:
+        return None, []
+    looks = (lambda: strange_ids(plan.job, sample.texts), lambda: sample_findings(plan, sample))
+    return sample, [finding for look in looks for finding in gathered(look)]
 
 
 def check_models(job: Job) -> Iterator[Finding]:

@@ -23,7 +23,6 @@ _HEIGHT = 320
 _TABLE_ROWS = 9
 _SKIPPED = 0.25
 """Share of the steps, at the start, that the y axis of a course is not made for: there all curves fall alike."""
-_HELDOUT_CE_NATS = "heldout/ce_nats"
 
 
 def color(index: int) -> str:
@@ -43,7 +42,7 @@ def charts(comparison: Comparison) -> dict[str, Chart]:
         "reached": _reached(comparison, BY_NAME["heldout_ce_nats"]),
         "gap": gap,
         "kl": None if gap else _reached(comparison, BY_NAME["kl_to_teacher_nats"]),
-        "heldout": _course(comparison, _HELDOUT_CE_NATS),
+        "heldout": _course(comparison, names.HELDOUT_CE_NATS),
         "ce": _course(comparison, names.CE_NATS),
         "loss": None if _other_objectives(comparison) else _course(comparison, names.LOSS),
     }

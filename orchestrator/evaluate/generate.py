@@ -26,7 +26,7 @@ def continued(
     rows = [i * len(windows) // count for i in range(count)]
     prompts = [prompt_of(windows[row], kept[row]) for row in rows]
     return [
-        {"prompt": tokenizer.decode(prompt, skip_special_tokens=True)}
+        {"prompt": tokenizer.decode(prompt.tolist(), skip_special_tokens=True)}
         | {
             name: tokenizer.decode(_continue(model, prompt, tokenizer.eos_token_id), skip_special_tokens=True)
             for name, model in models.items()

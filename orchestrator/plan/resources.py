@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orchestrator.spec.job import Job
 from orchestrator.spec.model import TeacherBase, labelled_by
 from orchestrator.spec.train import Train
 
@@ -17,3 +21,24 @@ def replica_takes(teacher: TeacherBase) -> Resources:
 def training_takes(train: Train) -> Resources:
     """Of all workers together."""
     return {"CPU": train.workers * train.cpus_per_worker, "GPU": train.workers * train.gpus_per_worker}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the devices of a run still had to give while teacher and student were at work."""
+
+    replica: bool
+    """Another teacher replica."""
+    worker: bool
+    """Another training worker."""
+
+
+def room_beside(job: Job, total: Mapping[str, float]) -> Room:
+    """What fits into `total` (CPU cores, GPUs) beside the training and as many teacher replicas as the job lets fit."""
+    replica, training = replica_takes(job.teacher), training_takes(job.train)
+    asked = job.teacher.replicas
+    fitting = min([(total[kind] - training[kind]) // each for kind, each in replica.items() if each], default=asked.max + 1)
+    used = max(asked.min, min(asked.max, int(fitting)))
+    free = {kind: total[kind] - training[kind] - used * replica[kind] for kind in total}
+    worker = {"CPU": job.train.cpus_per_worker, "GPU": job.train.gpus_per_worker}
+    return Room(replica=fitting > used, worker=all(free[kind] >= each for kind, each in worker.items()))

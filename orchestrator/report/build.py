@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.report import facts, words
 from orchestrator.report.charts import charts
 from orchestrator.report.charts.figure import MODELS
 from orchestrator.report.page import plotly_script, script_json, templates
@@ -60,7 +61,7 @@ def write_report(
 def verdict(report: dict[str, Any]) -> str:
     """What the run showed, in one sentence that claims no more than was measured."""
     student, baseline, teacher = (_ce(report, m) for m in ("student", "baseline", "teacher"))
-    gap = report.get("gap_recovered")
+    gap = recovered(report)
     if student is None or teacher is None:
         return "The run measured no finite held-out cross entropy for its student and teacher, so it says nothing on quality."
     if report.get("baseline") is None:
@@ -72,7 +73,7 @@ def verdict(report: dict[str, Any]) -> str:
     if baseline is None:
         return "The baseline has no finite held-out cross entropy, so this run does not tell whether distillation helped."
     worse = student > baseline
-    if gap is None or baseline <= teacher:
+    if gap is None:
         than = "worse" if worse else "better"
         return (
             "There is no gap to recover: hard-label training alone is already as good as the teacher; "
@@ -83,31 +84,55 @@ def verdict(report: dict[str, Any]) -> str:
             "Distillation did not help in this run: the student is "
             f"{student - baseline:.3f} nats per token worse than the same student trained on hard labels alone."
         )
+    within = report.get("gap_recovered_interval", "not asked")
+    if within is None:
+        return (
+            f"Hard-label training ends {baseline - teacher:.3f} nats per token above the teacher, too little for these "
+            "held-out rows to tell how much of it distillation recovers."
+        )
     if gap > 1:
         return (
             "The student recovers the whole gap between hard-label training and its teacher, and does better than its teacher."
         )
-    return f"The student recovers {percent(gap)} of the gap between hard-label training and its teacher."
+    sure = "" if within == "not asked" else f" (95 % interval {words.interval(within, percent)})"
+    return f"The student recovers {percent(gap)}{sure} of the gap between hard-label training and its teacher."
+
+
+def recovered(report: dict[str, Any]) -> float | None:
+    """Share of the gap that was recovered; None where there is none, because the baseline is as good as the teacher."""
+    baseline, teacher = _ce(report, "baseline"), _ce(report, "teacher")
+    return report.get("gap_recovered") if baseline is not None and teacher is not None and baseline > teacher else None
 
 
 def _context(report: dict[str, Any]) -> dict[str, Any]:
     """What both templates are given."""
-    models = [{"name": m} | {f: (report.get(m) or {}).get(f) for f in _FIELDS} for m in MODELS if report.get(m)]
+    models = [{"name": m} | {f: report[m].get(f) for f in _FIELDS} for m in MODELS if report.get(m)]
+    for model in models:
+        model["ce_interval"] = words.interval(report[model["name"]].get("heldout_ce_nats_interval"), words.number)
     return {
         "report": report,
         "models": models,
-        "student": report.get("student") or {},
-        "labels": report.get("labels") or {},
-        "throughput": report.get("throughput") or {},
-        "ledger": report.get("ledger") or {},
-        "ledger_note": _ledger_note(report.get("ledger") or {}),
-        "stages": report.get("stages") or [],
-        "faults": report.get("faults") or [],
-        "bottleneck": report.get("bottleneck"),
+        "student": report["student"],
+        "labels": report["labels"],
+        "throughput": report["throughput"],
+        "ledger": report["ledger"],
+        "ledger_note": _ledger_note(report["ledger"]),
+        "stages": report["stages"],
+        "faults": report["faults"],
+        "bottleneck": report["bottleneck"],
         "heldout": report.get("heldout") or {},
         "quantiles": ((report.get("heldout") or {}).get("kl_quantiles") or {}).get("student") or {},
-        "fingerprints": [(k, str(v)[:24]) for k, v in sorted((report.get("fingerprints") or {}).items())],
+        "fingerprints": [(k, str(v)[:24]) for k, v in sorted(report["fingerprints"].items())],
         "verdict": verdict(report),
+        "gap": recovered(report),
+        "gap_interval": words.interval(report.get("gap_recovered_interval"), percent),
+        "generated": report["generated"],
+        "speeds": facts.SPEEDS,
+        "training": facts.training_table(report),
+        "data": facts.data_rows(report),
+        "hardware": facts.hardware_rows(report),
+        "again": facts.again_rows(report),
+        "facts": facts.summary_lines(report),
         "scale": _scale(report),
     }
 

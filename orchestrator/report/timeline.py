@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from orchestrator.plan.resources import Room
 from orchestrator.report.words import percent, seconds
 from orchestrator.tracking import names
 
 TRAININGS = ("teacher", "student", "baseline")
+DISTILLING = "labels and student"
+MATTERS = 0.25
+"""Of the run's time; what is shorter is not worth a sentence on how it could be shorter still."""
 WORTH_NAMING = 0.05
 """Shares of waiting below are how two sides that keep pace look."""
 MOSTLY, LONG_AFTER = 0.5, 0.25
@@ -88,16 +92,56 @@ def _training(points: Sequence[Mapping[str, Any]]) -> list[Span]:
     return spans[1:]
 
 
-def bottleneck(timeline: Mapping[str, Mapping[str, float]]) -> str:
-    """In one sentence, what held up the run and what would help, from the figures of its lanes by stage."""
+_LONGEST = {
+    "data": "Tokenizing the text took longest: {}; its shards are kept for further runs.",
+    "teacher": "The teacher took longest: {}; it is kept, and further runs start with it as it is.",
+    "initial": "Preparing the student's first weights took longest: {}; they are kept for further runs.",
+    "baseline": "Training the baseline took longest: {}; it is kept, and evaluate.baseline: false leaves it out.",
+    "evaluate": "Evaluating took longest: {}; fewer evaluate.rows would shorten it.",
+    "export": "Exporting took longest: {}.",
+    DISTILLING: "Labelling and training the student took longest: {}.",
+}
+
+
+def bottleneck(
+    stages: Sequence[Mapping[str, Any]], timeline: Mapping[str, Mapping[str, float]], wall_s: float, room: Room
+) -> str:
+    """What took the largest part of the run's `wall_s`, and if labelling and training matter in it, which held up the other.
+
+    `stages` and `timeline` are those of report.json; advice is given only where there is `room` to follow it.
+    """
+    took = _stretches(stages)
+    if not took:
+        return "Every stage was reused from earlier runs."
+    longest = max(took, key=lambda name: took[name])
+    share = took[longest] / wall_s
+    sentence = _LONGEST[longest].format(f"{seconds(took[longest])} of {seconds(wall_s)}, {percent(share)}")
+    if took.get(DISTILLING, 0.0) < MATTERS * wall_s:
+        return sentence
+    return f"{sentence} {held_up(timeline, room)}"
+
+
+def _stretches(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of what ran; labelling and training of the student go on side by side and count as one stretch."""
+    ran = [s for s in stages if s["status"] != "reused"]
+    both = [s for s in ran if s["stage"] in ("labels", "student")]
+    took = {s["stage"]: s["seconds"] for s in ran if s not in both}
+    if both:
+        took[DISTILLING] = max(s["started_s"] + s["seconds"] for s in both) - min(s["started_s"] for s in both)
+    return took
+
+
+def held_up(timeline: Mapping[str, Mapping[str, float]], room: Room) -> str:
+    """In one sentence, whether teacher or student held up the other, and what would help, from the figures of their lanes."""
     labels, student = timeline.get("labels"), timeline.get("student")
     if student is None:
         return "The student was trained in an earlier run, so nothing waited for anything here."
-    began = student["startup_s"] / (student["ended_s"] - student["began_s"])
+    lasted = student["ended_s"] - student["began_s"]
+    began = student["startup_s"] / lasted
     if began >= MOSTLY:
         return (
-            f"Starting up took longest: {seconds(student['startup_s'])}, {percent(began)} of the student's time, went by until "
-            "its first step; longer runs spend a smaller share on it."
+            f"Starting up was most of it: {seconds(student['startup_s'])}, {percent(began)} of the student's time, went by "
+            "until its first step; longer runs spend a smaller share on it."
         )
     for_labels, for_student = _waiting(student), _waiting(labels) if labels else 0.0
     if min(for_labels, for_student) >= WORTH_NAMING:
@@ -106,20 +150,18 @@ def bottleneck(timeline: Mapping[str, Mapping[str, float]]) -> str:
             f"student {percent(for_labels)}: a larger labels.run_ahead would let both work on."
         )
     if for_labels >= WORTH_NAMING:
-        return (
-            f"The teacher is the bottleneck: the student waited {percent(for_labels)} of its time for labels; "
-            "more teacher replicas (teacher.replicas) or faster devices for them would shorten the run."
+        return f"The teacher is the bottleneck: the student waited {percent(for_labels)} of its time for labels; " + _more(
+            room.replica, "more teacher replicas (teacher.replicas)"
         )
     if for_student >= WORTH_NAMING:
         return (
             f"The student is the bottleneck: the teacher waited {percent(for_student)} of its time for it, as labels may run "
-            "ahead no further (labels.run_ahead); more training workers (train.workers) would shorten the run."
+            "ahead no further (labels.run_ahead); " + _more(room.worker, "more training workers (train.workers)")
         )
     after = max(0.0, student["ended_s"] - labels["ended_s"]) if labels else 0.0
-    if after / (student["ended_s"] - student["began_s"]) >= LONG_AFTER:
-        return (
-            f"The student is the bottleneck: it trained for another {seconds(after)} once all labels were written; "
-            "more training workers (train.workers) would shorten the run."
+    if after / lasted >= LONG_AFTER:
+        return f"The student is the bottleneck: it trained for another {seconds(after)} once all labels were written; " + _more(
+            room.worker, "more training workers (train.workers)"
         )
     if labels is None:
         return "The student alone decided how long this took: its labels were there from an earlier run."
@@ -127,6 +169,12 @@ def bottleneck(timeline: Mapping[str, Mapping[str, float]]) -> str:
         f"Teacher and student kept pace: the student waited {percent(for_labels)} of its time for labels, "
         f"and the teacher {percent(for_student)} for the student."
     )
+
+
+def _more(fits: bool, what: str) -> str:
+    if fits:
+        return f"{what} would shorten the run."
+    return "all devices here are taken, so only more or faster ones would shorten the run."
 
 
 def _waiting(lane: Mapping[str, float]) -> float:

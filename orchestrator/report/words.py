@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 NOTHING = "–"
 
 
@@ -36,6 +38,11 @@ def percent(value: float | None) -> str:
         return NOTHING
     whole = abs(value) >= 0.0995 and abs(value) <= 0.9949
     return f"{100 * value:.{0 if whole or value in (0, 1) else 1}f} %".replace("-", "−")
+
+
+def interval(bounds: Sequence[float] | None, shown: Callable[[float], str]) -> str:
+    """`18 % to 31 %`, with both ends as `shown` writes them; empty for None."""
+    return "" if bounds is None else f"{shown(bounds[0])} to {shown(bounds[1])}"
 
 
 def nats(value: float | None) -> str:

@@ -99,7 +99,7 @@ class Run:
                 return  # the run ended before it did
             record.end(status, time.time() - self.started - record.started_s)
         self.exporter.finish(record.stage)
-        self.display.stage_finished(record.stage, record.status, record.seconds)
+        self.display.stage_finished(record.stage, record.status, record.seconds, record.figures)
         log.debug("%s %s after %.1f s: %s", record.stage, record.status, record.seconds, record.figures)
         self.tracker.stage_finished(stage_id(record.stage, record.key), TRACKED[record.status], record.figures)
         self.save()
@@ -225,8 +225,8 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
         from orchestrator.runtime.board import start_board
 
         run.board, run.exporter = start_board(), Exporter(run.directory.run)
-        stack.enter_context(_told_at_once(run))
         stack.enter_context(_monitor(run))
+        stack.enter_context(_told_at_once(run))
         yield run
 
 

@@ -207,7 +207,9 @@ class JobServer:
             answer = "403, the token is not its own" if refused else "401, no token was sent"
             raise EnvironmentFault(f"{self.url} answers {answer}; distill doctor says where Ray looks for one") from error
         except (requests.RequestException, OSError, LookupError) as error:
-            raise EnvironmentFault(f"no Ray job server answers at {self.url}: {error}") from error
+            raise EnvironmentFault(
+                f"no Ray job server answers at {self.url}; give the head's with --address HEAD:8265"
+            ) from error
         except RuntimeError as error:
             if "already exists" in str(error):
                 raise _Taken from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -50,6 +52,26 @@ def alive_nodes() -> list[Node]:
         name = address if addresses.count(address) == 1 else f"{address}/{node['NodeID'][:6]}"
         found.append(Node(node["NodeID"], name, node["Resources"]))
     return sorted(found, key=lambda n: (n.id != here, n.name))
+
+
+def hardware() -> list[dict[str, Any]]:
+    """The machines of the cluster, that of the driver first: `node`, `cores`, `memory_bytes` and the names of its `gpus`.
+
+    Raises `EnvironmentFault` if a node does not answer.
+    """
+    nodes = alive_nodes()
+    found = _on_each(nodes, _cores_and_memory) if len(nodes) > 1 else {nodes[0].name: _cores_and_memory()}
+    return [{"node": node.name, **found[node.name], "gpus": _gpus(node.resources)} for node in nodes]
+
+
+def _cores_and_memory() -> dict[str, int]:
+    return {"cores": os.cpu_count() or 1, "memory_bytes": psutil.virtual_memory().total}
+
+
+def _gpus(resources: dict[str, float]) -> list[str]:
+    """Ray names the kind of a node's accelerators as a resource, as `accelerator_type:H200`."""
+    kinds = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
+    return [kinds[0] if kinds else "GPU"] * int(resources.get("GPU", 0))
 
 
 def check_nodes(storage: Shared, where: str) -> None:

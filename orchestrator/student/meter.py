@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -132,3 +133,10 @@ class Meter:
     def _post(self, points: list[tuple[int, dict[str, float]]]) -> None:
         if dist.get_rank() == 0:
             self._board.post.remote(names.stage_id(self._job.stage, self._job.key), points)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process ever held: what torch allocated on a GPU, else resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -25,7 +25,7 @@ from orchestrator.student.checkpoint import drop_checkpoints, restore_checkpoint
 from orchestrator.student.feed import Feed, MicroBatch
 from orchestrator.student.heldout import Evaluator
 from orchestrator.student.job import TrainingJob
-from orchestrator.student.meter import Meter
+from orchestrator.student.meter import Meter, peak_memory_bytes
 from orchestrator.student.trainer import Trainer, start_trainer
 from orchestrator.tracking.names import HELDOUT_CE_NATS
 
@@ -71,7 +71,8 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
             meter.saved()
     meter.flush()
     reached(len(job.demanded_shards()))  # a teacher that waits for a student that has stopped early labels the rest
-    save_model(trainer, store, job, tokenizer_folder, meter.summary(), selection)
+    training = meter.summary() | {"peak_memory_bytes": peak_memory_bytes(engine.device)}
+    save_model(trainer, store, job, tokenizer_folder, training, selection)
 
 
 def train_step(

@@ -69,7 +69,7 @@ class VllmBackend:
             ids = "fewer ids" if len(named) < self._k else f"ids beyond the vocabulary of {self._vocab_size}"
             raise DataError(f"teacher.vllm: {self._url} named {ids} where {self._k} were asked for")
         log_probs, top = zip(*named, strict=True)
-        if math.fsum(map(math.exp, log_probs)) > 1 + ROUNDING:
+        if log_probs[0] > ROUNDING or math.fsum(map(math.exp, log_probs)) > 1 + ROUNDING:  # exp of a logit may overflow
             raise DataError(f"teacher.vllm: {self._url} told no log-probabilities (--logprobs-mode); they sum to more than 1")
         return torch.tensor([*top, *log_probs], dtype=torch.float64)
 

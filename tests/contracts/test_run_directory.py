@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.run.directory import RUN, claim_directory, claimed, identity_of
+from orchestrator.run.listing import list_runs
 from orchestrator.spec.job import Job
 from orchestrator.store.files import Store, open_store
 
@@ -69,3 +70,26 @@ def test_a_run_of_an_earlier_version_is_left_alone(tmp_path: Path) -> None:
     store.replace(f"runs/a/{RUN}", json.dumps({"name": "a", "status": "finished", "attempt": 1}).encode())
     assert claim_directory(store, job()).run == "a-2"
     assert claim_directory(store, job()).run == "a-2"
+
+
+def test_runs_are_listed_with_what_differs_and_how_they_stand(store: Store) -> None:
+    """One that says it is running is believed while somebody holds its lock."""
+    jobs = [job(), job(seed=1, objective={"alpha": 0.5}), job("b")]
+    for made, status in zip(jobs, ("finished", "running", "running"), strict=True):
+        key = claim_directory(store, made).key
+        store.replace(f"{key}/plan.json", json.dumps({"job": made.model_dump(mode="json")}).encode())
+        store.replace(f"{key}/{RUN}", json.dumps({"status": status, "started_s": 5.0, "seconds": 61.0}).encode())
+    figures = {"student": {"heldout_ce_nats": 5.5}, "gap_recovered": 0.25}
+    store.replace("runs/a/report.json", json.dumps(figures).encode())
+    claim_directory(store, job("c"))  # and nothing more
+    with store.exclusive("runs/b/lock"):
+        found = list(list_runs(store))
+    assert [(r.run, r.status, r.differs) for r in found] == [
+        ("a", "finished", {}),
+        ("a-2", "killed", {"seed": 1, "objective.alpha": 0.5}),
+        ("b", "running", {}),
+        ("c", "killed", {}),
+    ]
+    assert (found[0].student_heldout_ce_nats, found[0].gap_recovered, found[0].seconds) == (5.5, 0.25, 61.0)
+    assert found[1].student_heldout_ce_nats is None
+    assert [r.run for r in list_runs(store, "a")] == ["a", "a-2"]

@@ -161,8 +161,9 @@ def test_what_the_server_does_not_serve(server: Server, asked: Any, fault: type[
         backend(server, **asked)
 
 
-def test_replies_that_are_no_log_probabilities(server: Server) -> None:
-    server.shift = 5.0
+@pytest.mark.parametrize("shift", [5.0, 1000.0])  # of which the exponential is no float
+def test_replies_that_are_no_log_probabilities(server: Server, shift: float) -> None:
+    server.shift = shift
     with pytest.raises(DataError, match=r"^teacher\.vllm: .* told no log-probabilities"):
         backend(server)
 

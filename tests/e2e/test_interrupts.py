@@ -18,9 +18,9 @@ from tests.tiny import (
     alive,
     command_line,
     distill,
+    metric_points,
     started,
     statuses,
-    steps_seen,
     tiny_job,
     write_corpus,
     write_job,
@@ -35,15 +35,17 @@ SOON_S = 45.0
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Json:
     folder = tmp_path_factory.mktemp("stopped")
-    return tiny_job(write_corpus(folder / "corpus"), folder / "store") | {"tracking": {}, "cluster": {"num_cpus": 3}}
+    job = tiny_job(write_corpus(folder / "corpus"), folder / "store") | {"tracking": {}}
+    job["teacher"]["train"] |= {"steps": 150}
+    return job
 
 
-def stopped(job: Json, signals: list[signal.Signals], pause_s: float = 0.6) -> Ended:
-    """How the job ended that got `signals` while its student was training; all of its processes are gone."""
+def stopped(job: Json, stage: str, signals: list[signal.Signals], pause_s: float = 0.6) -> Ended:
+    """How the job ended that got `signals` while it trained `stage`; all of its processes are gone."""
     storage = Path(job["storage"])
-    before = steps_seen(storage)
+    before = len(metric_points(storage, stage))
     with started(storage.parent / "log", *DISTILL, "run", write_job(job)) as command:
-        command.until(lambda: steps_seen(storage) > before + 20, every_s=0.1)
+        command.until(lambda: len(metric_points(storage, stage)) > before + 20, every_s=0.1)
         family = command.family()
         for number in signals:
             command.send(number)
@@ -74,21 +76,21 @@ def mlflow_statuses(job: Json) -> dict[str, str]:
 def test_a_run_is_stopped_three_times_and_goes_on(job: Json) -> None:
     storage = Path(job["storage"])
 
-    once = stopped(job, [signal.SIGINT])
+    once = stopped(job, "teacher", [signal.SIGINT])
     last = once.stderr.strip().splitlines()[-1]
     assert once.code == 130
     assert last.startswith("interrupted; what was done is kept") and "distill run" in last and last.endswith(".yaml")
     assert json.loads((storage / "runs" / "tiny" / "run.json").read_text())["status"] == "stopped"
-    assert statuses(storage)["student"] == "stopped"
+    assert statuses(storage) == {"data": "ran", "teacher": "stopped"}
+    assert mlflow_statuses(job) == {"run": "KILLED", "data": "FINISHED", "teacher": "KILLED"}
+
+    thrice = stopped(job, "student", [signal.SIGINT] * 3)
+    assert thrice.code == 130 and thrice.stderr.count("interrupted;") == 1
     found = mlflow_statuses(job)
     assert (found["run"], found["student"], found["teacher"]) == ("KILLED", "KILLED", "FINISHED")
     assert "RUNNING" not in found.values()
 
-    thrice = stopped(job, [signal.SIGINT] * 3)
-    assert thrice.code == 130 and thrice.stderr.count("interrupted;") == 1
-    assert set(mlflow_statuses(job).values()) == {"KILLED", "FINISHED"} and mlflow_statuses(job)["run"] == "KILLED"
-
-    terminated = stopped(job, [signal.SIGTERM])
+    terminated = stopped(job, "student", [signal.SIGTERM])
     assert terminated.code == 143 and terminated.stderr.strip().splitlines()[-1].startswith("terminated; what was done is kept")
     assert mlflow_statuses(job)["run"] == "KILLED"
 

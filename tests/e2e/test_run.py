@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -127,6 +128,14 @@ def test_report_has_what_it_promises(first: Finished) -> None:
     ce = {name: found[name]["heldout_ce_nats"] for name in ("teacher", "student", "baseline")}
     gap = (ce["baseline"] - ce["student"]) / (ce["baseline"] - ce["teacher"])
     assert found["gap_recovered"] == pytest.approx(gap)
+    for name, (low, high) in ((n, found[n]["heldout_ce_nats_interval"]) for n in ce):
+        assert low < ce[name] < high, name
+    assert all(entry.keys() == {"prompt", *ce} and entry["prompt"] for entry in found["generated"]) and found["generated"]
+    assert {"teacher", "student", "baseline"} == found["training"].keys()
+    assert all(training["peak_memory_bytes"] > 50e6 for training in found["training"].values())
+    assert found["data"]["rows"] == found["ledger"]["planned"] and found["data"]["documents"] > 0
+    assert len(found["hardware"]) == 1 and found["hardware"][0]["cores"] == os.cpu_count()
+    assert found["job_file"] == str(first.folder / "job.yaml")
     assert found["labels"]["reused_shards"] == 0
     assert found["labels"]["shards"] == len(commits(first.storage))
     assert_every_row_labelled_once(first.storage)

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from orchestrator.errors import IntegrityError
 from orchestrator.models.generation import check_folder
 from tests.field.exports import GENERATION, SEQ, STUDENTS, build_workshop, export_all, train_all
+from tests.field.generate import LONGEST
 from tests.parity.ranks import run_on_ranks
 from tests.tiny import Json
 
@@ -75,9 +76,16 @@ def test_with_another_end_it_would_not_stop(outcomes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", STUDENTS)
 def test_it_uses_its_cache(outcomes: dict[str, Any], name: str) -> None:
     """Fault B."""
-    with_cache, without = outcomes[name]["seconds"]
+    found = outcomes[name]
+    cached, without = found["widths"]
+    assert set(cached[1:]) == {1} and len(cached) == len(without) == LONGEST
+    assert without == [*range(cached[0], cached[0] + LONGEST)]
+    assert found["same_without_cache"]
+
+
+def test_its_cache_makes_it_faster(outcomes: dict[str, Any]) -> None:
+    with_cache, without = outcomes["own-tokenizer"]["seconds"]
     assert with_cache < without
-    assert outcomes[name]["same_without_cache"]
 
 
 @pytest.mark.parametrize("name", STUDENTS)

@@ -85,7 +85,9 @@ def traces(chart: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_every_chart_is_drawn_and_nothing_fails(drawn: tuple[dict[str, Any], dict[str, Any]]) -> None:
     _, page = drawn
     assert page["failures"] == []
-    assert list(page["charts"]) == ["ce", "loss", "kl", "agreement", "timeline"]
+    assert list(page["charts"]) == [
+        *("ce", "heldout_ce", "heldout_kl", "loss", "learning_rate", "grad_norm", "kl", "agreement", "timeline")
+    ]
     assert page["charts"]["ce"]["lines"] >= 4 and page["charts"]["loss"]["lines"] >= 2
     assert len(traces(page["charts"]["ce"])["student"]["x"]) == STEPS
 
@@ -167,6 +169,6 @@ def test_a_browser_without_decompression_is_pointed_to_the_tables(browser: str, 
     page.write_text(page.read_text().replace("<head>", "<head><script>delete window.DecompressionStream;</script>", 1))
     found = opened(browser, page, tmp_path)
     assert found["charts"] == {} and found["failures"] == []
-    assert len(found["texts"]) == 5 and set(found["texts"]) == {
+    assert len(found["texts"]) == 9 and set(found["texts"]) == {
         "This browser is too old to unpack the charts; their numbers are below."
     }

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import pytest
 
 from orchestrator.report.build import verdict, write_report
 from orchestrator.report.charts import charts
+from orchestrator.report.charts.figure import Curve, end_labels
+from orchestrator.report.facts import SPEEDS, hardware_rows
 from orchestrator.report.text import shown
 from orchestrator.report.words import nats, percent, seconds, short, size, visible
 from tests.reports import small_points, small_report, small_samples, whole_report
 
 EVIL = "</script><script>alert(1)</script>"
+DRAWN = ["ce", "loss", "heldout_ce", "heldout_kl", "learning_rate", "grad_norm", "kl", "agreement", "timeline"]
 
 
 class _Page(HTMLParser):
@@ -43,6 +47,11 @@ class _Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self._in_script:
             self.shown.append(data)
+
+    @property
+    def spaced(self) -> str:
+        """With a space between elements."""
+        return " ".join(" ".join(self.shown).split())
 
     @property
     def text(self) -> str:
@@ -74,7 +83,7 @@ def test_report_json_holds_the_contract(tmp_path: Path) -> None:
 def test_page_shows_the_figures_and_loads_nothing(tmp_path: Path) -> None:
     _, page, _ = _written(tmp_path, small_report(), small_points())
     parsed = _Page(page)
-    assert parsed.links == ["data:,"]
+    assert parsed.links == ["data:,", small_report()["tracking"]]
     assert not re.search(r"url\(|@import", page.split("</style>")[0])
     assert "default-src 'none'" in page
     assert len(parsed.scripts) == 3 and page.count("Plotly.react(") >= 1
@@ -146,7 +155,7 @@ def test_summary_has_the_figures(tmp_path: Path) -> None:
         "KL to teacher: 0.1432 nats per token; same top-1 token: 69 %; ECE: 2.1 %",
         "sampled, 64 rows in 4 shards (0 reused), 10.0 kB, 72.4 bytes per token",
         "64 planned, 64 committed, 0 quarantined, 0 duplicates",
-        "teacher 18,210 tokens/s (waiting 4.0 %), student 26,750 tokens/s (waiting 31 %)",
+        "teacher labels 18,210 tokens/s (waiting 4.0 %), student trains 26,750 tokens/s (waiting 31 %)",
         "1 min 01 s in all, first student step after 4.5 s",
         "| student | ran | 40 s |",
         "Faults: none",
@@ -179,6 +188,7 @@ def test_rewriting_replaces_the_files(tmp_path: Path) -> None:
         (3.45, 3.4, 3.3, "did not help in this run: the student is 0.050 nats per token worse"),
         (3.35, 3.3, 3.3, "no gap to recover"),
         (3.25, 3.3, 3.4, "no gap to recover"),
+        (3.35, 3.29, 3.3, "no gap to recover"),
         (3.4, None, 3.3, "0.100 nats per token above its teacher; without a baseline"),
         (3.2, None, 3.3, "0.100 nats per token below its teacher; without a baseline"),
     ],
@@ -196,7 +206,7 @@ def test_unbalanced_ledger_is_said(tmp_path: Path) -> None:
 def test_figures_are_valid_plotly(seed: int) -> None:
     objects = pytest.importorskip("plotly.graph_objects")
     figures = charts(whole_report(seed), small_points())
-    assert list(figures) == ["ce", "loss", "kl", "agreement", "timeline"]
+    assert list(figures) == DRAWN
     for chart in figures.values():
         painted = re.sub(r'"\$\w+"', '"#123456"', json.dumps(chart.figure))
         objects.Figure(json.loads(painted))
@@ -252,3 +262,72 @@ def test_shades_follow_the_quantiles_of_all_tokens(seed: int) -> None:
     found = shown(tokens, quantiles)
     assert [t["shade"] for t in found["tokens"]] == [0, 1, 2, 3, 4]
     assert [t["shade"] for t in found["farthest"]] == [4, 3, 2, 1, 0]
+
+
+def test_verdict_and_figure_do_not_contradict_each_other(tmp_path: Path) -> None:
+    """Fault of kind: two sentences of one summary that cannot both be true."""
+    report = small_report(student=3.2998, baseline=3.2, teacher=3.3)
+    assert report["gap_recovered"] is not None
+    _, page, summary = _written(tmp_path, report, [])
+    assert "There is no gap to recover" in summary and "- Gap recovered: –\n" in summary
+    assert "There is no gap to recover" in page and "<dd>–<small>no gap to recover</small>" in page
+
+
+def test_gap_is_shown_with_its_interval_or_not_at_all(tmp_path: Path) -> None:
+    report = small_report() | {"gap_recovered_interval": [-0.02, 0.31]}
+    _, page, summary = _written(tmp_path, report, [])
+    assert "recovers 25 % (95 % interval −2.0 % to 31 %) of the gap" in summary and "−2.0 % to 31 % over held-out" in summary
+    assert "95 % interval −2.0 % to 31 %</small>" in page
+    assert "too little for these held-out rows to tell" in verdict(report | {"gap_recovered_interval": None})
+
+
+def test_facts_of_the_run_are_shown(tmp_path: Path, seed: int) -> None:
+    _, page, summary = _written(tmp_path, whole_report(seed), small_points())
+    text = _Page(page).spaced
+    for fact in (
+        "distill run /data/runs/tiny/job.yaml",
+        "http://localhost:5000/#/experiments/1/runs/abc",
+        "16 cores, 137 GB, 1 × H200",
+    ):
+        assert fact in text and fact in summary, fact
+    for row in ("documents 321", "dropped tokens 57", "rows to train on 64 of 128 tokens", "3.355 to 3.395", "18 % to 31 %"):
+        assert row in text, row
+    assert "student 20 15 160 64 2.50 20,480 26,750 31 % 1.42 GB" in text
+    assert "20 steps, 160 rows read (2.50 passes), 20,480 tokens" in summary
+    assert SPEEDS in text and SPEEDS in summary
+
+
+def test_alike_machines_share_a_line() -> None:
+    gpu = {"node": "a", "cores": 16, "memory_bytes": 128_000_000_000, "gpus": ["H200", "H200"]}
+    nodes = [gpu, gpu | {"node": "b"}, {"node": "c", "cores": 1, "memory_bytes": 4_000_000_000, "gpus": []}]
+    assert hardware_rows({"hardware": nodes}) == [
+        ("2 machines, each", "16 cores, 128 GB, 2 × H200"),
+        ("1 machine", "1 core, 4.00 GB"),
+    ]
+
+
+def test_continuations_stand_side_by_side(tmp_path: Path, seed: int) -> None:
+    report = whole_report(seed)
+    _, page, summary = _written(tmp_path, report, small_points())
+    text = _Page(page).spaced
+    assert "def f(x): teacher return x + 1 student return x baseline nothing: it ends the text" in text
+    assert "| The student's | teacher \\<b\\> | teacher | the the |" in summary
+    for entry in report["generated"]:
+        del entry["teacher"]
+    _, page, summary = _written(tmp_path, report, small_points())
+    assert "The teacher is left out" in page and "| prompt | student | baseline |" in summary
+
+
+@pytest.mark.parametrize("name", ["ce", "loss", "timeline"])
+def test_names_of_lines_stand_where_no_line_is_drawn(name: str, seed: int) -> None:
+    """Fault of kind: the name of a line that ends early, overprinted by those that go on."""
+    labels = [a for a in charts(whole_report(seed), small_points())[name].figure["layout"]["annotations"] if a["yref"] != "y2"]
+    assert labels and all(a["xref"] == "paper" and a["x"] == 1 and a["xanchor"] == "left" for a in labels)
+
+
+def test_names_of_lines_do_not_overlap_nor_leave_the_figure() -> None:
+    ends = [3.9, 3.95, 3.96, 4.0]
+    curves = [Curve(str(y), "$text", "solid", [0, 1], [], [0, y]) for y in ends]
+    labels = end_labels(curves, 0.0, 4.0, 200.0, "y")
+    places = [y / 4.0 * 200 + label["yshift"] for y, label in zip(ends, labels, strict=True)]
+    assert places[-1] == 200 and all(b - a >= 17 for a, b in pairwise(places))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from orchestrator.plan.resources import Room, room_beside
 from orchestrator.report.charts.timeline import binned
-from orchestrator.report.timeline import Span, bottleneck, lanes
+from orchestrator.report.timeline import Span, bottleneck, held_up, lanes
+from orchestrator.spec.job import Job
+from orchestrator.spec.model import Replicas
 from tests.reports import SHARDS, STEPS, small_points, small_report
+from tests.tiny import tiny_job
 
 
 def test_lanes_hold_the_seconds_that_were_recorded() -> None:
@@ -83,14 +89,62 @@ def side(busy: float, waiting: float = 0.0, startup: float = 10.0, began: float 
         (side(70, 30), side(80, 20), "waited for each other in turn, the teacher 30 % of its time and the student 20 %"),
         (side(20), side(98, 2), "The student is the bottleneck: it trained for another 1 min 20 s"),
         (side(95), side(98, 2), "kept pace: the student waited 2.0 % of its time for labels, and the teacher 0 %"),
-        (side(20), side(20, 2, startup=30), "Starting up took longest: 30 s, 58 % of the student's time"),
+        (side(20), side(20, 2, startup=30), "Starting up was most of it: 30 s, 58 % of the student's time"),
         (None, side(98, 2), "its labels were there from an earlier run"),
         (None, side(80, 20), "The teacher is the bottleneck"),
         (side(95), None, "The student was trained in an earlier run"),
         (None, None, "The student was trained in an earlier run"),
     ],
 )
-def test_bottleneck_names_who_held_up_the_run(labels: Any, student: Any, says: str) -> None:
+def test_who_held_up_the_other_is_named(labels: Any, student: Any, says: str) -> None:
     timeline = {name: lane for name, lane in (("labels", labels), ("student", student)) if lane}
-    sentence = bottleneck(timeline)
+    sentence = held_up(timeline, Room(replica=True, worker=True))
     assert says in sentence and sentence.count(". ") == 0 and sentence.endswith(".")
+
+
+def stage(name: str, started_s: float, seconds: float, status: str = "ran") -> dict[str, Any]:
+    return {"stage": name, "status": status, "started_s": started_s, "seconds": seconds}
+
+
+@pytest.mark.parametrize(
+    ("stages", "begins", "sentences"),
+    [
+        # The teacher's training was 5:37 of 9:22, and the sentence was about 96 s of the student.
+        ([stage("teacher", 10, 337), stage("labels", 350, 90), stage("student", 352, 94), stage("baseline", 446, 60)],
+         "The teacher took longest: 5 min 37 s of 9 min 22 s, 60 %;", 1),
+        ([stage("teacher", 10, 337, "reused"), stage("labels", 10, 300), stage("student", 12, 500)],
+         "Labelling and training the student took longest: 8 min 22 s of 9 min 22 s, 89 %. The teacher is the bottleneck", 2),
+        ([stage("labels", 10, 150), stage("student", 12, 150), stage("baseline", 170, 300)],
+         "Training the baseline took longest: 5 min 00 s of 9 min 22 s, 53 %; it is kept", 2),
+        ([stage("labels", 0, 1, "reused"), stage("student", 0, 1, "reused")], "Every stage was reused", 1),
+    ],
+)  # fmt: skip
+def test_the_largest_part_of_the_run_is_named_first(stages: list[Any], begins: str, sentences: int) -> None:
+    """Fault of kind: advice about a part of the time that does not matter."""
+    found = bottleneck(stages, {"labels": side(95), "student": side(39, 61)}, 562.0, Room(replica=True, worker=True))
+    assert found.startswith(begins) and found.count(". ") == sentences - 1 and found.endswith(".")
+
+
+@pytest.mark.parametrize("labels_student", [(side(95), side(39, 61)), (side(60, 40), side(98, 2)), (side(20), side(98, 2))])
+def test_advice_is_what_the_devices_have_room_for(labels_student: Any) -> None:
+    """Fault of kind: advice that cannot be followed, such as more replicas on a machine whose cores are all taken."""
+    timeline = dict(zip(("labels", "student"), labels_student, strict=True))
+    assert "more t" in held_up(timeline, Room(replica=True, worker=True))
+    full = held_up(timeline, Room(replica=False, worker=False))
+    assert "replicas (" not in full and "workers (" not in full and "all devices here are taken" in full
+
+
+@pytest.mark.parametrize(
+    ("cores", "most", "room"),
+    [
+        (2, 4, (False, False)),  # one replica and one worker
+        (3, 4, (False, False)),  # a second replica is taken at once, as the job lets up to four
+        (3, 1, (True, True)),
+        (16, 4, (True, True)),
+    ],
+)
+def test_room_is_counted_beside_what_runs_already(cores: int, most: int, room: tuple[bool, bool], tmp_path: Path) -> None:
+    job = Job.model_validate_json(json.dumps(tiny_job(tmp_path, tmp_path)))
+    teacher = job.teacher.model_copy(update={"replicas": Replicas(min=1, max=most)})
+    found = room_beside(job.model_copy(update={"teacher": teacher}), {"CPU": cores, "GPU": 0})
+    assert (found.replica, found.worker) == room

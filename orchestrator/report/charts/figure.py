@@ -7,7 +7,7 @@ and print. A model keeps its colour everywhere: teacher grey, student blue, base
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 Figure = dict[str, Any]
@@ -127,22 +127,30 @@ def drawn(curve: Curve, faint: bool = False, axis: str = "y") -> dict[str, Any]:
     shape = {"color": curve.color, "dash": "solid" if faint else curve.dash, "width": 1 if faint else 2.25}
     trace = {"type": "scatter", "mode": "markers" if dots else "lines", "name": curve.label, "x": curve.x, "yaxis": axis}
     trace |= {"line": shape, "marker": {"color": curve.color}, "y": curve.raw if faint else curve.y}
-    return trace | ({"opacity": 0.28, "hoverinfo": "skip"} if faint else {"hovertemplate": "%{y:.4~g}"})
+    return trace | ({"opacity": 0.28, "hoverinfo": "skip", "showlegend": False} if faint else {"hovertemplate": "%{y:.4~g}"})
 
 
 def end_labels(curves: Sequence[Curve], low: float, high: float, height_px: float, axis: str) -> list[dict[str, Any]]:
-    """Each line's name at its end, pushed apart where ends lie too close to be read."""
-    to_px: Callable[[float], float] = lambda y: (y - low) / (high - low) * height_px  # noqa: E731
-    labels, taken = [], -math.inf
-    for curve in sorted(curves, key=lambda c: c.y[-1]):
-        place = max(to_px(curve.y[-1]), taken + _LABEL_GAP_PX)
-        taken = place
-        labels.append(
-            {"x": curve.x[-1], "y": curve.y[-1], "yref": axis, "text": curve.label, "showarrow": False}
-            | {"xanchor": "left", "xshift": 6, "yshift": place - to_px(curve.y[-1])}
-            | {"font": {"color": curve.color, "size": 13}}
-        )
-    return labels
+    """Each line's name at the right margin, as high as its end, pushed apart where ends lie too close to be read.
+
+    At the margin and not where the line ends: another line may go on there.
+    """
+    ordered = sorted(curves, key=lambda c: c.y[-1])
+    ends_px = [(c.y[-1] - low) / (high - low) * height_px for c in ordered]
+    return [
+        {"x": 1, "xref": "paper", "y": curve.y[-1], "yref": axis, "text": curve.label, "showarrow": False}
+        | {"xanchor": "left", "xshift": 6, "yshift": place - end}
+        | {"font": {"color": curve.color, "size": 13}}
+        for curve, end, place in zip(ordered, ends_px, _apart(ends_px, height_px), strict=True)
+    ]
+
+
+def _apart(places: Sequence[float], top: float) -> list[float]:
+    """Ascending `places`, moved up until they are `_LABEL_GAP_PX` apart, and down again from `top` where they passed it."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + _LABEL_GAP_PX) if moved else place)
+    return [min(place, top - _LABEL_GAP_PX * above) for place, above in zip(moved, range(len(moved) - 1, -1, -1), strict=True)]
 
 
 def _is_number(value: object) -> bool:

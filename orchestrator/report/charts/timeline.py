@@ -131,7 +131,14 @@ def binned(spans: Sequence[Span], bin_s: float) -> tuple[np.ndarray, np.ndarray,
 
 
 def _bar(name: str, color: str, **hover: str) -> dict[str, Any]:
-    return {"type": "bar", "name": name, "yaxis": "y2", "marker": {"color": color, "line": {"width": 0}}, **hover}
+    return {
+        "type": "bar",
+        "name": name,
+        "yaxis": "y2",
+        "showlegend": False,
+        "marker": {"color": color, "line": {"width": 0}},
+        **hover,
+    }
 
 
 def _faults(report: dict[str, Any], per_unit: float) -> list[dict[str, Any]]:
@@ -139,7 +146,14 @@ def _faults(report: dict[str, Any], per_unit: float) -> list[dict[str, Any]]:
     shown = [f for f in report.get("faults") or [] if f["attempt"] == report["attempt"]]
     if not shown:
         return []
-    marks = {"type": "scatter", "mode": "markers", "name": "faults", "yaxis": "y2", "y": [-0.6] * len(shown)}
+    marks = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "faults",
+        "showlegend": False,
+        "yaxis": "y2",
+        "y": [-0.6] * len(shown),
+    }
     marks |= {"x": [f["time_s"] / per_unit for f in shown], "text": [html.escape(f["text"]) for f in shown]}
     return [marks | {"marker": {"color": "$bad", "symbol": "x", "size": 9}, "hovertemplate": "%{text}<extra></extra>"}]
 

@@ -14,6 +14,7 @@ from orchestrator.report.charts.figure import (
     curve,
     drawn,
     end_labels,
+    frame,
     limits,
     lines,
     plain_axis,
@@ -24,6 +25,7 @@ from orchestrator.tracking import names
 
 _DASHES = ("dash", "dot", "dashdot", "longdash")
 _TABLE_ROWS = 9
+_SMALL = 250
 
 
 def ce_chart(report: dict[str, Any], points: Sequence[dict[str, Any]]) -> Chart | None:
@@ -73,12 +75,28 @@ def loss_chart(points: Sequence[dict[str, Any]]) -> Chart | None:
     return Chart(figure, *_table(curves))
 
 
-def _table(curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]]:
+def small_chart(
+    points: Sequence[dict[str, Any]], metric: str, models: Sequence[str], digits: int, dots: bool = False
+) -> Chart | None:
+    """One metric of `models` by step, for half of the page's width; with `dots` where it was measured."""
+    curves = [c for m in models if (c := curve(points, m, metric, m, f"${m}"))]
+    if not curves:
+        return None
+    layout = frame(_SMALL, narrow=True)
+    layout["xaxis"] = plain_axis() | {"showgrid": False, "title": axis_title("step")}
+    layout["yaxis"] = plain_axis() | {"exponentformat": "power", "nticks": 5}
+    data = [drawn(c) | ({"mode": "lines+markers"} if dots else {}) for c in curves]
+    if not dots:
+        data = [drawn(c, faint=True) for c in curves if c.raw != c.y] + data
+    return Chart({"data": data, "layout": layout}, *_table(curves, digits))
+
+
+def _table(curves: Sequence[Curve], digits: int = 4) -> tuple[list[str], list[list[str]]]:
     """Smoothed values at a few steps of the longest of `curves`, evenly chosen."""
     steps = max((c.x for c in curves), key=len)
     chosen = sorted({i * (len(steps) - 1) // (_TABLE_ROWS - 1) for i in range(_TABLE_ROWS)})
     values = [dict(zip(c.x, c.y, strict=True)) for c in curves]
-    rows = [[f"{steps[i]:.0f}", *(number(v.get(steps[i]), 4) for v in values)] for i in chosen]
+    rows = [[f"{steps[i]:.0f}", *(number(v.get(steps[i]), digits) for v in values)] for i in chosen]
     return ["step", *(c.label for c in curves)], rows
 
 
