@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -18,6 +19,8 @@ from orchestrator.plan.make import Plan
 from orchestrator.tracking import names
 
 PLAIN_EVERY_S = 10.0
+log = logging.getLogger("orchestrator")
+"""Its level is how much is said: only warnings from WARNING on, details at DEBUG."""
 
 
 @dataclass
@@ -103,7 +106,8 @@ class Display:
 
     def __init__(self, live: bool | None = None) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._live_wanted = self._console.is_terminal if live is None else live
+        self._quiet = log.level > logging.INFO
+        self._live_wanted = self._console.is_terminal and not self._quiet if live is None else live
         self._live: Live | None = None
         self._rows: dict[str, _Row] = {}
         self._said = 0.0
@@ -125,7 +129,12 @@ class Display:
             self.say(where)
 
     def say(self, line: str) -> None:
-        """Print one line, above the live view where there is one."""
+        """Print one line, above the live view where there is one; nothing where only warnings are wanted."""
+        if not self._quiet:
+            self.warn(line)
+
+    def warn(self, line: str) -> None:
+        """Print one line that is always shown."""
         if self._live is not None:
             self._console.print(Text(line))
         else:

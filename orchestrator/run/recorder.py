@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -27,6 +28,7 @@ from orchestrator.tracking.names import SHARDS_STARTED, metric_of, stage_id
 from orchestrator.tracking.spool import Spool
 from orchestrator.tracking.system import system_metrics
 
+log = logging.getLogger(__name__)
 METRICS, OUTBOX = "metrics.jsonl", "tracking.json"
 """Files of the run directory that are written on and on."""
 MONITOR_EVERY_S = 0.5
@@ -81,6 +83,7 @@ class Run:
         if dataset is not None:
             self.tracker.dataset(dataset)
         self.display.stage_started(name)
+        log.debug("%s begins, key %s", name, key)
         self.exporter.start(name)
         try:
             yield record
@@ -97,6 +100,7 @@ class Run:
             record.end(status, time.time() - self.started - record.started_s)
         self.exporter.finish(record.stage)
         self.display.stage_finished(record.stage, record.status, record.seconds, record.figures)
+        log.debug("%s %s after %.1f s: %s", record.stage, record.status, record.seconds, record.figures)
         self.tracker.stage_finished(stage_id(record.stage, record.key), TRACKED[record.status], record.figures)
         self.save()
 
@@ -116,7 +120,7 @@ class Run:
 
     def warn(self, text: str) -> None:
         """Say what went wrong and was got over, and keep it for the report."""
-        self.display.say(text)
+        self.display.warn(text)
         self.note(text)
 
     def note(self, text: str) -> None:

@@ -36,6 +36,19 @@ STOP_S = 60
 POLL_S = 1.0
 RUN, KEY = "distill.run", "distill.key"
 """Metadata of our jobs: the run's name, and the fingerprint of what was submitted."""
+ENTRYPOINT = r"""
+raylet=$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$PPID/status 2>/dev/null)
+of_ray=$(tr '\0' '\n' 2>/dev/null </proc/$raylet/cmdline | sed -n 's/^--python_worker_command=\([^ ]*\).*/\1/p')
+for python in "$DISTILL_PYTHON" "$of_ray" python python3; do
+  "$python" -c 'import sys, importlib.util as u; sys.exit(None in map(u.find_spec, ("ray", "typer")))' 2>/dev/null &&
+    exec "$python" -m orchestrator.cli VERB job.yaml
+done
+echo "distill: no Python on this cluster has the packages of distill: install them in the environment that Ray runs in," \
+  "or start Ray with DISTILL_PYTHON set to the interpreter that has them" >&2
+exit 4
+"""
+"""What a job runs there. PATH leads to the interpreter of Ray only where its environment was activated, and Ray tells a job
+nothing of it; the command line of the raylet, the parent of the process that supervises the job, does."""
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ENDED = {"STOPPED", "SUCCEEDED", "FAILED"}
 
@@ -179,7 +192,7 @@ class JobServer:
             }
             with self._faults():
                 self._client.submit_job(
-                    entrypoint=f"exec python -m orchestrator.cli {verb} job.yaml",
+                    entrypoint=ENTRYPOINT.replace("VERB", verb),
                     submission_id=submission_id,
                     runtime_env=environment,
                     metadata=metadata,
@@ -194,7 +207,9 @@ class JobServer:
             answer = "403, the token is not its own" if refused else "401, no token was sent"
             raise EnvironmentFault(f"{self.url} answers {answer}; distill doctor says where Ray looks for one") from error
         except (requests.RequestException, OSError, LookupError) as error:
-            raise EnvironmentFault(f"no Ray job server answers at {self.url}: {error}") from error
+            raise EnvironmentFault(
+                f"no Ray job server answers at {self.url}; give the head's with --address HEAD:8265"
+            ) from error
         except RuntimeError as error:
             if "already exists" in str(error):
                 raise _Taken from error

@@ -228,9 +228,9 @@ class LabelLog:
 
     def _row_ids(self, shards: Sequence[int]) -> list[tuple[ShardRecord, pa.Array[Any]]]:
         """The committed ones of `shards`, each with the row ids that its file holds."""
-        records = [(shard, record) for shard in shards if (record := self.committed(shard)) is not None]
         folder = f"{self.folder}/data"
         with self._repairable():
+            records = [(shard, record) for shard in shards if (record := self.committed(shard)) is not None]
             return [(record, get_row_ids(self.store, folder, record, f"label shard {s}")) for s, record in records]
 
     @contextmanager

@@ -131,4 +131,8 @@ def binary_column(table: pa.Table, name: str) -> list[bytes]:
 
 def read_tokens(store: Store, folder: str, record: ShardRecord) -> TokenShard:
     """One token shard, verified."""
-    return TokenShard.from_table(get_shard(store, folder, record, f"token shard {folder}/{record.file}"))
+    try:
+        return TokenShard.from_table(get_shard(store, folder, record, f"token shard {folder}/{record.file}"))
+    except IntegrityError as error:
+        tokens = store.address(folder.rpartition("/")[0])
+        raise IntegrityError(f"{error}; remove {tokens} and run the job again, which makes the tokens anew") from error

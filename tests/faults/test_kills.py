@@ -241,3 +241,24 @@ def tamper(log: Path) -> None:
     pq.write_table(table, file, compression="zstd", write_page_checksum=True)
     data = file.read_bytes()
     commit.write_text(json.dumps(record | {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}))
+
+
+def test_lost_labels_are_repaired_alone(reference: Reference, tmp_path: Path) -> None:
+    """Half the label files deleted: the run says what to do, and after that only the lost shards are labelled again."""
+    job = reference.copy(tmp_path, "labels")
+    storage, file = Path(job["storage"]), write_job(job)
+    log, before = only(storage / "labels"), commits(storage)
+    lost = sorted(before)[::2]
+    for name in lost:
+        (log / "data" / json.loads(before[name])["file"]).unlink()
+    refused = distill(tmp_path / "refused", "run", file)
+    assert refused.code == 5 and f"distill labels repair {log}" in refused.stderr.splitlines()[-1]
+    verified = distill(tmp_path / "verify", "labels", "verify", log)
+    assert verified.code == 5 and f"{len(lost)} missing" in verified.stderr
+    distill(tmp_path / "repair", "labels", "repair", log).assert_ok()
+    assert commits(storage) == {name: data for name, data in before.items() if name not in lost}
+    ended = distill(tmp_path / "again", "run", file).assert_ok()
+    assert f"resuming, {len(before) - len(lost)}/{len(before)} shards done" in ended.stderr
+    assert commits(storage) == before and student_weights(storage) == reference.weights
+    assert "core_worker" not in ended.stderr
+    assert_every_row_labelled_once(storage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -80,6 +81,41 @@ def test_the_key_of_a_submission_is_the_jobs(job: Path) -> None:
         return fingerprint("submission", portable_job(job, overrides).model_dump(mode="json"))
 
     assert key() == key() == key("seed=0") != key("seed=1")
+
+
+# With which Python it runs.
+
+RAYLET = """
+import subprocess, sys
+supervisor = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1], shell=True).returncode)"
+sys.exit(subprocess.run([sys.executable, "-c", supervisor, sys.argv[1]]).returncode)
+"""
+"""As Ray starts a job: a raylet, a supervisor below it, a shell below that."""
+
+
+@pytest.mark.parametrize("given", ["DISTILL_PYTHON", "raylet", "PATH", "nothing"])
+def test_a_job_finds_the_python_that_ray_runs_with(given: str, tmp_path: Path) -> None:
+    from orchestrator.runtime.jobs import ENTRYPOINT
+
+    python = tmp_path / "venv" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$0 $*"\n')
+    python.chmod(0o755)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("sed", "tr"):
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    path = f"{tools}:{python.parent}" if given == "PATH" else str(tools)
+    env = {"PATH": path} | ({"DISTILL_PYTHON": str(python)} if given == "DISTILL_PYTHON" else {})
+    flag = f"--python_worker_command={python if given == 'raylet' else '/nowhere/python'} setup_worker.py"
+    command = [sys.executable, "-c", RAYLET, ENTRYPOINT.replace("VERB", "run"), flag]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if given == "nothing":
+        assert (ended.returncode, ended.stdout) == (4, "")
+        (line,) = ended.stderr.splitlines()
+        assert line.startswith("distill: ") and "DISTILL_PYTHON" in line and len(line) <= 310
+    else:
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"{python} -m orchestrator.cli run job.yaml\n", "")
 
 
 # How it ended.
@@ -201,7 +237,14 @@ def test_help_loads_nothing_heavy() -> None:
 def test_python_programs_have_the_same_verbs(job: Path) -> None:
     from orchestrator import api
 
-    assert {name for name in api.__all__ if callable(getattr(api, name))} == {"load_job", "plan", "run", "submit"}
+    assert {name for name in api.__all__ if callable(getattr(api, name))} == {
+        "load_job",
+        "plan",
+        "run",
+        "submit",
+        "sweep",
+        "compare",
+    }
     assert api.plan(api.load_job(job, ["tracking.uri=null"])).job.name == "a"
 
 
