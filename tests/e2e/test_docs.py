@@ -25,7 +25,6 @@ from tests.field.cases import save_model, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-BIN = Path(sys.executable).parent
 PAGES = sorted(DOCS.glob("*.md"))
 STORY = ("own-text", "python", "prompt-response", "own-teacher", "cluster", "gpu", "serve", "clean-up", "troubleshooting")
 """Pages whose commands are run, each after those whose files it uses."""
@@ -38,11 +37,11 @@ def blocks(page: Path, language: str) -> list[tuple[str, str]]:
     return re.findall(rf"^```{language} ?(\w*)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
-    """(marker, words) of every command line."""
+def commands(page: Path) -> Iterator[tuple[str, str]]:
+    """(marker, line) of every command line."""
     for marker, block in blocks(page, "bash"):
         for line in block.splitlines():
-            yield marker, shlex.split(line)
+            yield marker, line
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +58,13 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    program = str(BIN / words[0]) if (BIN / words[0]).exists() else words[0]
-    shell = shlex.join([program, *words[1:]]) if "*" not in " ".join(words) else " ".join(words)
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "RAY"))}
-    done = subprocess.run(shell, shell=True, cwd=folder, env=env, capture_output=True, text=True, check=False)
-    if words[:2] == ["distill", "init"] and not done.returncode:
-        make_quick(folder / words[2])
-    return done
+def run(folder: Path, *command: str) -> None:
+    """Run `command` in `folder` as a reader would who has activated the environment."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "RAY"))}
+    path = {"PATH": f"{Path(sys.executable).parent}:{plain['PATH']}"}
+    done = subprocess.run(command, cwd=folder, env=plain | path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command[-1]}: {done.stderr[-2000:]}"
+    assert "Traceback" not in done.stderr, command[-1]
 
 
 def make_quick(file: Path) -> None:
@@ -79,19 +77,21 @@ def make_quick(file: Path) -> None:
 @pytest.mark.parametrize("name", STORY)
 def test_commands_and_programs_of_a_page(name: str, desk: Path) -> None:
     page = DOCS / f"{name}.md"
-    lines = [words for marker, words in commands(page) if not marker]
-    programs = [["python", "-c", text] for _, text in blocks(page, "python")]
+    lines = [line for marker, line in commands(page) if not marker]
+    programs = [text for _, text in blocks(page, "python")]
     assert lines or programs, "a page of the story has something to run"
-    for words in [*lines, *programs]:
-        done = run(words, desk)
-        assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr[-2000:]}"
-        assert "Traceback" not in done.stderr, shlex.join(words)
+    for line in lines:
+        run(desk, "bash", "-c", line)
+        if line.startswith("distill init "):
+            make_quick(desk / shlex.split(line)[2])
+    for program in programs:
+        run(desk, sys.executable, "-c", program)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_known_to_the_command(page: Path) -> None:
     distill = typer.main.get_command(app)
-    for _, words in commands(page):
+    for words in (shlex.split(line) for _, line in commands(page)):
         if words[0] == "distill":
             verb = distill.commands[words[1]]  # pyright: ignore[reportAttributeAccessIssue]
             verb, rest = (verb.commands[words[2]], words[3:]) if hasattr(verb, "commands") else (verb, words[2:])
@@ -102,9 +102,9 @@ def test_commands_are_known_to_the_command(page: Path) -> None:
 
 def test_what_is_not_run_says_why() -> None:
     for page in PAGES:
-        for marker, words in commands(page):
-            assert marker in ("", "cluster", "gpu", "s3", "install"), shlex.join(words)
-            assert marker or page.stem in STORY, f"{page.name}: {shlex.join(words)} is run by nobody"
+        for marker, line in commands(page):
+            assert marker in ("", "cluster", "gpu", "s3", "install"), line
+            assert marker or page.stem in STORY, f"{page.name}: {line} is run by nobody"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
