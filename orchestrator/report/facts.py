@@ -86,7 +86,7 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
             f"Student: {count(student['steps'])} steps, {count(student['rows_seen'])} rows read "
             f"({number(student['passes'], 2)} passes), {count(student['tokens_seen'])} tokens"
         )
-    lines.append("Hardware: " + "; ".join(f"{name} {what}" for name, what in hardware_rows(report)))
+    lines.append("Hardware: " + "; ".join(f"{name}: {what}" for name, what in hardware_rows(report)))
     return lines + [f"{name.capitalize() if name != 'MLflow' else name}: `{value}`" for name, value in again_rows(report)]
 
 

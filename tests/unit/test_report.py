@@ -294,7 +294,7 @@ def test_facts_of_the_run_are_shown(tmp_path: Path, seed: int) -> None:
         assert row in text, row
     assert "student 20 15 160 64 2.50 20,480 26,750 31 % 1.42 GB" in text
     assert "20 steps, 160 rows read (2.50 passes), 20,480 tokens" in summary
-    assert SPEEDS in text and SPEEDS in summary
+    assert SPEEDS in text and f"\n\n{SPEEDS}\n\n" in summary
 
 
 def test_alike_machines_share_a_line() -> None:
