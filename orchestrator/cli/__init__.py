@@ -84,12 +84,13 @@ def _explain(error: Exception) -> int:
 
 
 def _say_stopped(how: str, args: list[str]) -> None:
-    """Print that the work of a command that was `how` is kept, and how to go on.
+    """Print that a command was `how` ("interrupted", "terminated"); of a run, that its work is kept and how to go on.
 
     On a cluster the command is not the one that the user gave, and is left out.
     """
     again = "" if job_tags() else f": {shlex.join(['distill', *args])}"
-    print(one_line(f"{how}; what was done is kept; run the same job again to continue{again}"), file=sys.stderr)
+    kept = f"; what was done is kept; run the same job again to continue{again}" if args[:1] in (["run"], ["sweep"]) else ""
+    print(one_line(how + kept), file=sys.stderr)
 
 
 def _say(text: str) -> None:

@@ -34,6 +34,7 @@ def signals_heeded() -> Generator[None]:
     Raises `Terminated` where a wait for Ray has made a plain `KeyboardInterrupt` of a SIGTERM.
     """
     before = {number: signal.getsignal(number) for number in _STOPS}
+    _terminated.clear()
     heed_signals()
     try:
         yield

@@ -20,8 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, trials in {"trial": TRIALS, "shard_trial": SHARD_TRIALS}.items():
         if name in metafunc.fixturenames:  # the options exist only where pytest is pointed at this folder
             count = metafunc.config.getoption("--trials", None) or trials
-            first = pytest.param(0, marks=pytest.mark.slice) if name == "trial" else 0
-            metafunc.parametrize(name, [first, *range(1, count)])
+            metafunc.parametrize(name, range(count))
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,8 @@ from tests.field.generate import LONGEST
 from tests.parity.ranks import run_on_ranks
 from tests.tiny import Json
 
+pytestmark = pytest.mark.deep
+
 GENERATE = Path(__file__).with_name("generate.py")
 OTHER_END = 77
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from orchestrator.data.pack import pack_piece
 from orchestrator.data.prepare import token_manifest
 from orchestrator.data.sources import list_pieces
-from orchestrator.data.tokenizer import copy_tokenizer, tokenizer_facts, train_tokenizer
+from orchestrator.data.tokenizer import tokenizer_facts, train_tokenizer
 from orchestrator.errors import DataError, DistillError, SpecError
 from orchestrator.init.sizes import Machine
 from orchestrator.init.teacher import PRUNABLE, TeacherFolder, pruned_student, small_student, teacher_found
@@ -25,6 +25,7 @@ from orchestrator.init.text import Found, rows_found, standard_library, text_fou
 from orchestrator.init.write import Wanted, write_job
 from orchestrator.models.build import build_model, model_config
 from orchestrator.models.prune import check_prunable
+from orchestrator.models.tokenizer import copy_tokenizer
 from orchestrator.plan.make import make_plan
 from orchestrator.spec.data import TrainTokenizer
 from orchestrator.spec.job import Job

@@ -10,8 +10,8 @@ import threading
 import time
 
 import pytest
-from orchestrator.cli.stopped import say_stopped
 
+from orchestrator.cli import _say_stopped as say_stopped
 from orchestrator.errors import Terminated
 from orchestrator.runtime.signals import heed_signals, signals_heeded, undisturbed
 
@@ -73,12 +73,24 @@ def test_other_threads_leave_signals_alone() -> None:
     assert seen == [BEFORE]
 
 
+def test_a_sigterm_stays_one_where_a_library_makes_a_plain_interrupt_of_it() -> None:
+    """As `ray.get` does, which loses every other exception of a handler."""
+    with pytest.raises(Terminated), signals_heeded():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+    with pytest.raises(KeyboardInterrupt) as caught, signals_heeded():
+        signal.raise_signal(signal.SIGINT)
+    assert not isinstance(caught.value, Terminated)
+
+
 def test_the_command_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
     say_stopped("interrupted", ["run", "my job.yaml", "--set", "objective.alpha=0.5"])
     said = capsys.readouterr().err
     assert said.endswith("distill run 'my job.yaml' --set objective.alpha=0.5\n") and said.count("\n") == 1 and "kept" in said
     say_stopped("interrupted", ["logs", "x", "-f"])
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "interrupted\n", "there is nothing to go on with"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
