@@ -112,7 +112,8 @@ def test_a_plan_for_a_cluster_says_which_keys_to_set() -> None:
     plan = make_plan(load_job(JOBS / "quickstart.yaml"))
     lines = "\n".join(capacity(plan, "8xH100", None, None))
     cluster = parse_cluster("8xH100")
-    split = balanced(workload(plan), layout_of(plan.job.train), cluster, assumed_calibration(cluster.device, "bf16", "bf16"))
+    assumed = assumed_calibration(cluster.device, plan.job.train.precision, plan.job.teacher.dtype)
+    split = balanced(workload(plan), layout_of(plan.job.train), cluster, assumed)
     keys = re.search(r"set +(.*)", lines)
     assert keys is not None
     replicas = split.teacher_replicas
