@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from orchestrator.compare.figures import FIGURES
 from orchestrator.errors import SpecError
 from orchestrator.run_lookup import find_run
-from orchestrator.spec.base import result_fields
+from orchestrator.spec.base import flat, result_fields
 from orchestrator.spec.job import Job
 from orchestrator.spec.reader import Reader
 from orchestrator.store.files import Store
@@ -100,20 +100,6 @@ def _fields(job_yaml: str, where: str) -> tuple[Flat, Flat]:
     result = flat(result_fields(job))
     result.pop("seed")
     return flat(job.model_dump(mode="json")), result
-
-
-def flat(value: Any, prefix: str = "") -> Flat:
-    """Nested sections as one level of dotted keys; a list of plain values stays one value."""
-    if isinstance(value, Mapping):
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        items = [(str(index), item) for index, item in enumerate(value)]
-    else:
-        return {prefix.removesuffix("."): value}
-    found: Flat = {}
-    for key, item in items:
-        found |= flat(item, f"{prefix}{key}.")
-    return found
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, float]:

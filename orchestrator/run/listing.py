@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from orchestrator.errors import LockedError
 from orchestrator.run.directory import RUN, RunDirectory, claimed
-from orchestrator.run.tracking import flat
-from orchestrator.spec.base import result_fields
+from orchestrator.spec.base import flat, result_fields
 from orchestrator.spec.job import Job
 from orchestrator.store.files import Store
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import SpecError
 from orchestrator.runtime.environment import job_tags, tracking_uri, user_name
 from orchestrator.runtime.versions import git_commit
+from orchestrator.spec.base import flat
 from orchestrator.spec.job import Job
 from orchestrator.spec.model import CheckpointStudent, ConfigStudent, GgufTeacher, PretrainTeacher, TransformersTeacher
 from orchestrator.store.files import Store
@@ -41,9 +42,15 @@ def start_tracker(run: Run, state: Path) -> tuple[Tracker, str]:
         enabled=tracking.enabled,
     )
     tracker.start()
-    tracker.params(flat(without_password(run.job).model_dump(mode="json")))
+    tracker.params(job_params(run.job))
     tracker.text("job.yaml", run.shown_job())
     return tracker, run_url(uri) if tracking.enabled else "off"
+
+
+def job_params(job: Job) -> dict[str, Any]:
+    """All of `job` as MLflow parameters by dotted key, without a password."""
+    fields = flat(without_password(job).model_dump(mode="json"))
+    return {key: json.dumps(value) if isinstance(value, list) else value for key, value in fields.items()}
 
 
 def final_figures(report: Mapping[str, Any]) -> dict[str, float]:
@@ -67,20 +74,6 @@ def without_password(job: Job) -> Job:
     """`job` as others may see it."""
     uri = job.tracking.uri
     return job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": redact(uri)})}) if uri else job
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested sections, and lists of them, as one level of dotted names; a list of plain values is one value."""
-    if isinstance(value, Mapping):
-        items = list(value.items())
-    elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
-        items = list(enumerate(value))
-    else:
-        return {prefix: json.dumps(value) if isinstance(value, list) else value}
-    found: dict[str, Any] = {}
-    for name, item in items:
-        found |= flat(item, f"{prefix}.{name}" if prefix else str(name))
-    return found
 
 
 def _tags(run: Run) -> dict[str, str]:

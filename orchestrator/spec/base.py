@@ -36,3 +36,17 @@ def result_fields(value: Any) -> Any:
             return [result_fields(item) for item in cast(list[Any], value)]
         case _:
             return value
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested sections of JSON-ready `value`, and lists of them, as one level of dotted keys; a list of plain values is one value."""
+    if isinstance(value, dict):
+        items = list(cast(dict[str, Any], value).items())
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in cast(list[Any], value)):
+        items = [(str(index), item) for index, item in enumerate(cast(list[Any], value))]
+    else:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, item in items:
+        found |= flat(item, f"{prefix}.{key}" if prefix else key)
+    return found

@@ -27,7 +27,19 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
-STORY = ("README", "sweep", "own-text", "python", "prompt-response", "own-teacher", "cluster", "gpu", "serve", "clean-up", "troubleshooting")
+STORY = (
+    "README",
+    "sweep",
+    "own-text",
+    "python",
+    "prompt-response",
+    "own-teacher",
+    "cluster",
+    "gpu",
+    "serve",
+    "clean-up",
+    "troubleshooting",
+)
 """Pages whose commands are run, each after those whose files it uses."""
 QUICK = ("train.steps=6", "train.warmup_steps=1", "evaluate.rows=4", "evaluate.baseline=false", "tracking.enabled=false")
 FROM_SCRATCH = ("teacher.train.steps=4", "teacher.train.warmup_steps=1", "teacher.train.workers=1")

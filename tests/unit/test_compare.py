@@ -14,10 +14,11 @@ from scipy import stats
 
 from orchestrator.compare.figures import BY_NAME
 from orchestrator.compare.groups import Comparison, compared, differences, finding, interval
-from orchestrator.compare.read import flat, read_runs
+from orchestrator.compare.read import read_runs
 from orchestrator.compare.table import aligned, as_dict, as_text
 from orchestrator.errors import SpecError
 from orchestrator.run_lookup import find_run
+from orchestrator.spec.base import flat
 from tests.past_runs import STEPS, write_run
 
 CE = BY_NAME["heldout_ce_nats"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.run.tracking import description, final_figures, flat
+from orchestrator.run.tracking import description, final_figures, job_params
 from orchestrator.spec.load import load_job
 from orchestrator.tracking.mlflow_tracker import sqlite_uri
 
@@ -18,7 +18,7 @@ JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
 
 def test_the_job_is_flattened_whole() -> None:
     job = load_job(JOBS[0], ["objective.alpha={start: 0.5, end: 0.1}", "labels.temperatures=[1.0, 2.0]"])
-    found = flat(job.model_dump(mode="json"))
+    found = job_params(job)
     assert found["objective.alpha.start"] == 0.5 and found["objective.divergences.0.kind"] == "forward_kl"
     assert found["labels.temperatures"] == "[1.0, 2.0]" and found["train.betas"] == "[0.9, 0.95]"
     assert found["objective.features"] == "[]" and found["name"] == job.name
