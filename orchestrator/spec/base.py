@@ -39,7 +39,7 @@ def result_fields(value: Any) -> Any:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The sections of JSON-ready `value`, and lists of them, as one level of dotted keys; a list of plain values is one value."""
+    """Sections of the JSON-ready `value`, and lists of them, as one level of dotted keys; a list of plain values is one."""
     if isinstance(value, dict):
         items = list(cast(dict[str, Any], value).items())
     elif isinstance(value, list) and any(isinstance(item, dict | list) for item in cast(list[Any], value)):
