@@ -70,7 +70,7 @@ def _packages() -> str:
 
 def _devices() -> str:
     machine = this_machine()
-    gpus = [gpu.name for gpu in machine.gpus]
+    gpus = [gpu.name for gpu in machine.gpus or ()]
     return ", ".join([f"{machine.cores} cores", f"{machine.memory / 2**30:.0f} GiB of memory", *(gpus or ["no GPU"])])
 
 

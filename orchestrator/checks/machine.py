@@ -24,8 +24,6 @@ SOCKET_BYTES = 107
 """Longest path of a Unix socket (unix(7)), its end not counted."""
 CHECKPOINT_BYTES = 2 * 16
 """Per parameter: weights, master weights and AdamW's moments, of the newest checkpoint and the one before."""
-MODEL_BYTES = 4
-"""Per parameter of a trained model as it is saved."""
 
 
 def machine_findings(plan: Plan, machine: Machine) -> Iterator[Finding]:
@@ -46,6 +44,8 @@ def _askers(job: Job) -> dict[str, Resources]:
 
 
 def _gpus(job: Job, machine: Machine) -> Iterator[Finding]:
+    if machine.gpus is None:
+        return
     asked, have = {key: takes["GPU"] for key, takes in _askers(job).items()}, len(machine.gpus)
     together = asked["train"] + asked["teacher.replicas"]
     most = max(together, asked.get("teacher.train", 0.0))
@@ -139,7 +139,7 @@ def _teachers(plan: Plan) -> int:
 
 
 def _gpu_memory(section: str, training: Training | None, machine: Machine) -> Iterator[Finding]:
-    sizes = [gpu.memory for gpu in machine.gpus if gpu.memory is not None]
+    sizes = [gpu.memory for gpu in machine.gpus or () if gpu.memory is not None]
     need = training.memory if training and training.on_gpu else None
     if need and sizes and need.total > min(sizes):
         yield Finding(
@@ -157,10 +157,13 @@ def _disk(plan: Plan) -> Iterator[Finding]:
     size, _, free = shutil.disk_usage(place)
     if not size:  # no file system to keep files in, as /proc; whether it can be written is tried when the run begins
         return
-    trained = (plan.student.params or 0) * (2 if plan.job.evaluate.baseline else 1)
-    trained += (plan.teacher.params or 0) if plan.teacher else 0
-    models, need = MODEL_BYTES * trained, CHECKPOINT_BYTES * trained + (plan.label_bytes_at_most or 0)
-    if models > free:
+    sides = [(plan.student.params or 0, plan.job.train)] * (2 if plan.job.evaluate.baseline else 1)
+    if plan.teacher is not None and isinstance(plan.job.teacher, PretrainTeacher):
+        sides.append((plan.teacher.params or 0, plan.job.teacher.train))
+    models = sum(params * (4 if train.precision == "fp32" else 2) for params, train in sides)
+    need = CHECKPOINT_BYTES * sum(params for params, _ in sides) + (plan.label_bytes_at_most or 0)
+    begun = any((Path(plan.storage) / stage).exists() for stage in ("teacher", "student"))  # some of it may be there already
+    if models > free and not begun:
         yield Finding(
             f"storage: disk full: the trained models take {_gib(models)}, {plan.storage} has {_gib(free)} free; take another",
             EnvironmentFault,

@@ -80,7 +80,7 @@ def plan(
         if calibrate:
             from orchestrator.runtime.machine import this_machine
 
-            check_measured_here(made.job, cluster, [gpu.name for gpu in this_machine().gpus])
+            check_measured_here(made.job, cluster, [gpu.name for gpu in this_machine().gpus or ()])
             from orchestrator.calibration import calibrated
             from orchestrator.runtime.noise import stdout_for_data
 
@@ -101,7 +101,10 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         print(json.dumps(as_dict(plan) | {"findings": [finding.as_dict() for finding in checked.findings]}, indent=1))
     else:
         print("\n".join([explain(plan), "", *explain_checked(plan, checked)]))
-    checked.refuse()
+    if plan.job.cluster.address == "local":
+        checked.refuse()
+    elif not as_json:
+        print("(as seen from this machine; what the job reads is looked for again where it runs)")
 
 
 @run_app.command()

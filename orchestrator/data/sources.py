@@ -201,7 +201,11 @@ def _text(where: str, row: Mapping[str, Any], key: str, field: str) -> bytes:
     found = f"{field!r} is {_kind(value)}, not text" if field in row else f"no {field!r}"
     texts = [name for name, other in row.items() if isinstance(other, str)][:MOST_NAMED]
     hint = f"set data.source.{key} to one of {', '.join(texts)}" if texts else "write what is to be learnt as one text"
-    chat = " (the tokenizer's apply_chat_template makes one of messages)" if _is_chat(value) else ""
+    chat = (
+        " (the tokenizer's apply_chat_template makes one of messages, for data.special_tokens_in_text: allow)"
+        if _is_chat(value)
+        else ""
+    )
     raise DataError(f"{where}: {found}; {hint}{chat}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from orchestrator.data.pack import HELDOUT_WINDOWS_PER_DOCUMENT
 from orchestrator.data.split import heldout_draw, is_heldout
 from orchestrator.errors import DataError
 from orchestrator.init.text import Length, Sample
+from orchestrator.runtime import machine
 
 SEQ_LENS = (256, 128, 64, 32, 16)
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -62,9 +62,8 @@ QUICKSTART, QUICKSTART_VOCABULARY = Windows(seq_len=256, heldout_fraction=0.05, 
 
 
 def this_machine() -> Machine:
-    import torch
-
-    return Machine(os.cpu_count() or 1, torch.cuda.device_count())
+    found = machine.this_machine()
+    return Machine(found.cores, len(found.gpus or ()))
 
 
 def cut(documents: Sequence[Length], longest: int, seed: int = 0) -> Windows:

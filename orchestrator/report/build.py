@@ -124,6 +124,7 @@ def _context(report: dict[str, Any]) -> dict[str, Any]:
         "quantiles": ((report.get("heldout") or {}).get("kl_quantiles") or {}).get("student") or {},
         "fingerprints": [(k, str(v)[:24]) for k, v in sorted(report["fingerprints"].items())],
         "verdict": verdict(report),
+        "baseline_note": facts.baseline_note(report),
         "gap": recovered(report),
         "gap_interval": words.interval(report.get("gap_recovered_interval"), percent),
         "generated": report["generated"],

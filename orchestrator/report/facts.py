@@ -18,6 +18,16 @@ SPEEDS = (
 Rows = list[tuple[str, str]]
 
 
+def baseline_note(report: Mapping[str, Any]) -> str:
+    """One sentence that says what the baseline is; empty without one."""
+    if not report.get("baseline"):
+        return ""
+    student, baseline = (report["training"].get(name) or {} for name in ("student", "baseline"))
+    equal = all(student.get(key) == baseline.get(key) for key in ("steps", "kept_step"))
+    length = "rows and steps" if equal else "rows (each ends, or is kept, where held-out cross entropy says so)"
+    return f"The baseline is the same student with the same initial weights, {length}, trained on hard labels alone."
+
+
 def training_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """A line for each model that was trained; columns that no training has a figure for are left out."""
     trainings = report["training"]

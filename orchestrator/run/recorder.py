@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.display import Display
-from orchestrator.errors import find_user_error, one_line
+from orchestrator.errors import EnvironmentFault, find_user_error, one_line
 from orchestrator.plan.explain import as_dict
 from orchestrator.plan.make import Plan
 from orchestrator.run.directory import RUN, claim_directory
@@ -32,7 +32,11 @@ log = logging.getLogger(__name__)
 METRICS, OUTBOX = "metrics.jsonl", "tracking.json"
 """Files of the run directory that are written on and on."""
 MONITOR_EVERY_S = 0.5
+ANSWER_S = 300.0
+"""The board answers within milliseconds, or is gone."""
 TRACKER_DRAIN_S = 15.0
+CLOSE_S = 30.0
+"""How long a run that failed or was stopped waits for a cluster that may be gone."""
 TRACKED: Mapping[str, Status] = {
     **dict.fromkeys(("finished", "ran", "reused"), "FINISHED"),
     "stopped": "KILLED",
@@ -153,7 +157,7 @@ class Run:
         from orchestrator.runtime.board import STUDENT_SHARDS
 
         with self._collecting:  # points of one call are kept before those of the next
-            points, warnings = ray.get([self.board.take.remote(), self.board.take_warnings.remote()])
+            points, warnings = ray.get([self.board.take.remote(), self.board.take_warnings.remote()], timeout=ANSWER_S)
             self._keep(points)
         for text in warnings:
             self.warn(text)
@@ -166,7 +170,7 @@ class Run:
         """How far the workers say they are."""
         import ray
 
-        return ray.get(self.board.progress.remote())
+        return ray.get(self.board.progress.remote(), timeout=ANSWER_S)
 
     def _keep(self, points: list[dict[str, Any]]) -> None:
         for point in points:
@@ -246,7 +250,8 @@ def _attempt(run: Run) -> Iterator[None]:
         yield
         run.status = "finished"
     except BaseException as error:
-        run.status = ended_by(error)
+        if run.status != "finished":  # a stop while MLflow takes the rest stops nothing else
+            run.status = ended_by(error)
         reason = str(find_user_error(error) or f"{type(error).__name__}: {error}".rstrip(": "))
         run.note(one_line(f"attempt {run.attempt} ended: {reason}"))
         raise
@@ -271,7 +276,8 @@ def _told_at_once(run: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        run.end(error)
+        with suppress(EnvironmentFault):  # of a storage that fails now, too; what ended the run is to be known
+            run.end(error)
         raise
 
 
@@ -296,7 +302,7 @@ def _monitor(run: Run) -> Iterator[None]:
         yield
     except BaseException as error:
         stop.set()
-        thread.join()
+        thread.join(CLOSE_S)
         if failures and ended_by(error) == "failed":
             raise failures[0] from error
         with suppress(Exception):  # what ended the run is to be known, not what followed from it

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import SpecError
+from orchestrator.plan.length import shown_length
 from orchestrator.runtime.environment import job_tags, tracking_uri, user_name
 from orchestrator.runtime.versions import git_commit
 from orchestrator.spec.base import flat
@@ -66,7 +67,7 @@ def description(job: Job) -> str:
     train = job.train
     return (
         f"Distils {_teacher(job)} into {_student(job)} on {job.data.source.kind} text: {job.labels.kind} labels, "
-        f"{train.steps} steps of {train.global_batch} rows of {job.data.seq_len} tokens."
+        f"{shown_length(train)} of {train.global_batch} rows of {job.data.seq_len} tokens."
     )
 
 

@@ -12,6 +12,7 @@ import psutil
 
 from orchestrator.runtime.environment import visible_gpus
 
+AMD_DRIVER = Path("/dev/kfd")
 CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 ANSWER_S = 20.0
 
@@ -31,7 +32,8 @@ class Machine:
     """Bytes that it may use, swap included."""
     free_memory: int
     """Of them, bytes that nobody uses now."""
-    gpus: tuple[Gpu, ...]
+    gpus: tuple[Gpu, ...] | None
+    """None where it cannot be told without the libraries that use them."""
 
 
 def this_machine() -> Machine:
@@ -50,23 +52,23 @@ def _cgroup_limit() -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _gpus() -> tuple[Gpu, ...]:
-    """NVIDIA's, as far as this process may see them."""
+def _gpus() -> tuple[Gpu, ...] | None:
+    """NVIDIA's, as far as this process may see them; of others it can only be told that there are some."""
     wanted = visible_gpus()
     if wanted == 0:
         return ()
-    found = _asked_driver()
-    return found if wanted is None else found[:wanted]
+    found = None if AMD_DRIVER.exists() else _asked_driver()
+    return found if wanted is None or found is None else found[:wanted]
 
 
-def _asked_driver() -> tuple[Gpu, ...]:
-    """What nvidia-smi lists; where there is none, what the driver shows."""
+def _asked_driver() -> tuple[Gpu, ...] | None:
+    """What nvidia-smi lists; where there is none, what the driver shows. None if it does not answer."""
     if shutil.which("nvidia-smi") is None:
         return tuple(Gpu(device.name, None) for device in sorted(Path("/dev").glob("nvidia[0-9]*")))
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=ANSWER_S, check=True).stdout
     except (subprocess.SubprocessError, OSError):
-        return ()
+        return None
     rows = [line.rpartition(",") for line in listed.splitlines() if "," in line]
     return tuple(Gpu(name.strip(), int(size) << 20 if size.strip().isdigit() else None) for name, _, size in rows)

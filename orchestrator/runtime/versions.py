@@ -42,6 +42,11 @@ def code_digest() -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this code runs from; None for an installed package."""
-    result = subprocess.run(["git", "-C", PACKAGE_FOLDER, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+    """Commit of the checkout that this code is part of; None for an installed package, and where there is no git."""
+    try:
+        for arguments in (["ls-files", "--error-unmatch", __file__], ["rev-parse", "HEAD"]):
+            command = ["git", "-C", str(PACKAGE_FOLDER), *arguments]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said.strip()

@@ -25,8 +25,8 @@ class Selection:
     def __init__(self, store: Store, job: TrainingJob) -> None:
         self._store, self._job = store, job
         self._best_nats, self._best_step, self._since = math.inf, 0, 0
-        self._at_checkpoint = 0
-        """Best step as the last checkpoint has it."""
+        self._at_checkpoint, self._at_earlier = 0, 0
+        """Best step as the last checkpoint has it, and the one before."""
 
     def take(self, done: int, heldout_ce_nats: float, save: Callable[[str, dict[str, float]], None]) -> None:
         """Take in the evaluation after `done` steps; `save` leaves the model under a stage folder, with its figures."""
@@ -44,19 +44,22 @@ class Selection:
 
     def state(self) -> list[float]:
         """What a checkpoint keeps."""
-        return [self._best_nats, self._best_step, self._since]
+        return [self._best_nats, self._best_step, self._since, self._at_checkpoint]
 
     def restore(self, state: list[float]) -> None:
         self._best_nats, self._best_step, self._since = state[0], int(state[1]), int(state[2])
-        self._at_checkpoint = self._best_step
+        self._at_checkpoint, self._at_earlier = self._best_step, int(state[3])
+
+    def saved(self) -> None:
+        """Take in that a checkpoint was saved; called on every rank."""
+        self._at_checkpoint, self._at_earlier = self._best_step, self._at_checkpoint
 
     def prune(self) -> None:
-        """Remove the models that neither this checkpoint nor the one before speaks of; called on one rank."""
-        kept = {_name(self._best_step), _name(self._at_checkpoint)}
+        """Remove the models but the best and those that the two kept checkpoints speak of; called on one rank."""
+        kept = {_name(step) for step in (self._best_step, self._at_checkpoint, self._at_earlier)}
         for name in self._store.keys(f"{self._job.folder}/best"):
             if name not in kept:
                 self._store.remove(f"{self._job.folder}/best/{name}")
-        self._at_checkpoint = self._best_step
 
     def finish(self) -> dict[str, float]:
         """Make the best model the stage's, without its manifest; called on one rank. Returns figures for that."""

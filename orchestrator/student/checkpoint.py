@@ -57,7 +57,9 @@ def save_checkpoint(
         for old in _steps(store, folder)[:-KEPT]:
             store.remove(f"{folder}/checkpoints/{old}")
         drop_universal(store, f"{folder}/checkpoints")
-        if selection:
+    if selection:
+        selection.saved()
+        if dist.get_rank() == 0:
             selection.prune()
     dist.barrier()
 

@@ -62,6 +62,8 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
                 heldout = evaluator.evaluate()
                 if selection:
                     selection.take(done, heldout[HELDOUT_CE_NATS], partial(write_model, trainer, store, job, tokenizer_folder))
+                    if first_rank:
+                        selection.prune()
         meter.add(step, means, engine.get_global_grad_norm(), routing, heldout)
         if selection and selection.exhausted:
             break

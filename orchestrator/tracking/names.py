@@ -100,10 +100,10 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric(DROPPED_FRACTION, "1", "Part of the tokens' picks that reached no expert"),
             Metric(LEARNING_RATE, "1", "Learning rate of the step"),
             Metric(GRAD_NORM, "1", "Norm of the whole gradient before clipping"),
-            Metric(TRAIN_TOKENS_PER_S, "tokens/s", "Target tokens trained on, all workers together", "log"),
+            Metric(TRAIN_TOKENS_PER_S, "tokens/s", "Tokens of rows trained on, all workers together", "log"),
             Metric(LABEL_WAIT_FRACTION, "1", "Part of the time in which the student waited for labels", "log"),
             Metric(INTERVAL_S, "s", "Time that the rates of the same point are about", "log"),
-            Metric(TRAIN_TOKENS, "tokens", "Target tokens trained on, all workers together", "count"),
+            Metric(TRAIN_TOKENS, "tokens", "Tokens of rows trained on, all workers together", "count"),
             Metric(TRAIN_BUSY_S, "s", "Time in which training did not wait for labels", "count"),
             Metric(HELDOUT_CE_NATS, "nats", "Cross entropy on held-out rows while the model trains, mean per target token"),
             Metric(
@@ -142,7 +142,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 HEADLINES = {
     f"{stage}/{name}"
     for stage, names in {
-        "student": (LOSS, CE_NATS, KD_NATS, TRAIN_TOKENS_PER_S),
+        "student": (LOSS, CE_NATS, KD_NATS, HELDOUT_CE_NATS, HELDOUT_KL_NATS, TRAIN_TOKENS_PER_S),
         "labels": (LABEL_TOKENS_PER_S,),
     }.items()
     for name in names

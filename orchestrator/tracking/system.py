@@ -31,9 +31,10 @@ def system_metrics(spool: Spool, stage: str, began_s: float) -> Generator[None]:
         while not stop.wait(INTERVAL_S.get() or EVERY_S):
             values: dict[str, float] = {}
             for monitor in monitors:
-                monitor.collect_metrics()
-                values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
-                monitor.clear_metrics()
+                with suppress(Exception):  # a driver that fails costs its own values and no others
+                    monitor.collect_metrics()
+                    values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+                    monitor.clear_metrics()
             with suppress(OSError):  # a full disk is reported by those who need it
                 spool.append(stage, int(time.time() - began_s), values, time.time())
 

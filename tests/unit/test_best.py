@@ -34,10 +34,13 @@ class Course:
         self.checkpoints = [c for c in self.checkpoints if c[0] <= since[0]]
         for done in range(since[0] + 1, until + 1):
             selection.take(done, CURVE[done - 1], self.save)
+            selection.prune()
+            assert len(self.bests()) <= 1 + KEPT, "one for each checkpoint, and the best"
             if selection.exhausted:
                 break
             if done % CHECKPOINT_EVERY == 0 and done < len(CURVE):
                 self.checkpoints = [*self.checkpoints, (done, selection.state())][-KEPT:]
+                selection.saved()
                 selection.prune()
         else:
             if until < len(CURVE):
@@ -63,7 +66,7 @@ def course(store: LocalStore, **train: Any) -> Course:
 
 def test_training_ends_after_so_many_evaluations_without_a_better_one(store: LocalStore) -> None:
     for patience, end in {1: 3, 2: 4, 3: 13, 5: 15, None: 15}.items():
-        steps, figures = course(store, patience=patience).go_on((0, [float("inf"), 0, 0]))
+        steps, figures = course(store, patience=patience).go_on((0, [float("inf"), 0, 0, 0]))
         best = min(range(steps), key=lambda step: CURVE[step]) + 1
         assert (steps, figures) == (end, {"kept_step": best}), patience
 
