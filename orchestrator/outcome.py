@@ -51,8 +51,8 @@ def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolde
         if not disjoint(tokens.manifest.heldout_rows, spec.rows, spec.watched):
             there = sum(tokens.manifest.heldout_rows)
             run.warn(
-                f"evaluate: there are only {there} held-out rows, so models are also measured on those that training was watched on "
-                "(evaluate.every_rows); figures may flatter a model that was stopped or chosen by them"
+                f"evaluate: there are only {there} held-out rows, so models are also measured on those that training was "
+                "watched on (evaluate.every_rows); figures may flatter a model that was stopped or chosen by them"
             )
     return measured
 

@@ -1,7 +1,7 @@
 """How far held-out figures would move on other held-out text: percentile bootstrap over documents (Efron & Tibshirani 1993).
 
 Documents are drawn with replacement, each with all its windows, which are alike: a cluster bootstrap (Davison & Hinkley 1997,
-3.8). The same ones are drawn for all models, so that what makes a document hard for all of them cancels in differences. A window
+3.8). The same ones are drawn for all models, so that what makes a document hard for all cancels in differences. A window
 counts as of the document that its first target belongs to. Of few documents the percentiles are taken further out, as far as
 Student's t is wider than the normal distribution (expanded percentile interval; Hesterberg 2015, "What Teachers Should Know
 About the Bootstrap").
