@@ -93,7 +93,7 @@ def test_intervals_hold_where_windows_of_a_document_are_alike(seed: int, over: s
 
 @pytest.mark.parametrize(("errors", "told"), [(6.0, True), (2.5, False)])
 def test_a_gap_that_some_resamples_do_not_have_has_no_interval(seed: int, errors: float, told: bool) -> None:
-    """Fault of kind: resamples without a gap, one in 160 at 2.5 standard errors, stood among those of what is recovered of it."""
+    """Fault of kind: resamples without a gap, one in 160 at 2.5 errors, stood among those of what is recovered of it."""
     nats, targets = drawn(seed)
     own = np.random.default_rng(seed + 1).normal(0, 0.5, WINDOWS) * targets
     own -= targets * own.sum() / targets.sum()
