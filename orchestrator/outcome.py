@@ -17,6 +17,7 @@ from orchestrator.plan.resources import room_beside
 from orchestrator.report.timeline import TRAININGS, bottleneck, lanes
 from orchestrator.run import Run
 from orchestrator.runtime.versions import git_commit, versions
+from orchestrator.store.heldout import disjoint
 from orchestrator.store.records import ModelFolder, Tokens
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolde
     with run.stage("evaluate", key) as stage:
         cpus = max(1, min(run.plan.cpu_slots, os.cpu_count() or 1)) if job.cluster.address == "local" else 1
         spec = job.evaluate
-        heldout = Heldout(run.store, tokens.folder, tokens.manifest, spec.rows)
+        heldout = Heldout(run.store, tokens.folder, tokens.manifest, spec.rows, spec.watched)
         with _led(run, teacher) as spread:
             measured = measure(heldout, subjects, spec.micro_batch, cpus, spread)
         for name in subjects:
@@ -45,6 +46,14 @@ def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolde
             if math.isinf(figures["heldout_ppl"]):
                 ce = figures["heldout_ce_nats"]
                 run.warn(f"evaluate: the perplexity of the {name} is infinite: its cross entropy is {ce:.3g} nats a token")
+        for name, why in measured.generated.failures.items():
+            run.warn(f"evaluate: the {name} was measured, but could not continue the report's prompts: {why}")
+        if not disjoint(tokens.manifest.heldout_rows, spec.rows, spec.watched):
+            there = sum(tokens.manifest.heldout_rows)
+            run.warn(
+                f"evaluate: there are only {there} held-out rows, so models are also measured on those that training was "
+                "watched on (evaluate.every_rows); figures may flatter a model that was stopped or chosen by them"
+            )
     return measured
 
 
@@ -76,7 +85,7 @@ def compose(run: Run, tokens: Tokens, labels: Labelled, student: ModelFolder, me
         "gap_recovered": gap_recovered(measured.figures),
         "gap_recovered_interval": measured.intervals and measured.intervals.gap_recovered,
         "heldout": measured.by_token,
-        "generated": measured.generated,
+        "generated": measured.generated.texts,
         "data": _data(run, tokens),
         "labels": _labels(run, tokens, labels),
         "training": {n: run.stages[n].figures for n in TRAININGS if n in run.stages and "steps" in run.stages[n].figures},
@@ -106,7 +115,7 @@ def _data(run: Run, tokens: Tokens) -> dict[str, Any]:
         "heldout_documents": manifest.heldout_documents,
         "skipped_documents": manifest.skipped_documents,
         "rows": rows,
-        "heldout_rows": sum(shard.rows for shard in manifest.heldout),
+        "heldout_rows": sum(manifest.heldout_rows),
         "tokens": rows * manifest.seq_len,
         "dropped_tokens": manifest.dropped_tokens,
         "seq_len": manifest.seq_len,

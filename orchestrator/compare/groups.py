@@ -190,8 +190,8 @@ def _cautions(runs: Sequence[RunRecord], groups: Sequence[Group]) -> tuple[froze
     if len(rows) > 1:
         kinds |= {"heldout", "teacher"}
         said.append(
-            "The runs were not measured on the same held-out rows (the data or evaluate.rows differ), so their quality figures "
-            "cannot be compared and no best is marked among them."
+            "The runs were not measured on the same held-out rows (the data, evaluate.rows or evaluate.every differ), so their "
+            "quality figures cannot be compared and no best is marked among them."
         )
     if len(teachers) > 1:
         kinds.add("teacher")

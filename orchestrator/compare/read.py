@@ -73,6 +73,7 @@ def _read(directory: Store, name: str) -> RunRecord:
     record: dict[str, Any] = directory.read_json("run.json") or {}
     stages: dict[str, dict[str, Any]] = record.get("stages", {})
     data = stages.get("data")
+    measured = (job.get("evaluate.rows"), job.get("evaluate.every") and job.get("evaluate.every_rows"))
     return RunRecord(
         name=name,
         address=directory.address(),
@@ -82,7 +83,7 @@ def _read(directory: Store, name: str) -> RunRecord:
         job_yaml=job_yaml,
         figures=_figures(directory.read_json("report.json") or {}),
         points=_points(directory, stages),
-        heldout=f"{data['key']}:{job.get('evaluate.rows')}" if data else None,
+        heldout=f"{data['key']}:{measured}" if data else None,
     )
 
 

@@ -51,6 +51,8 @@ class _Windows:
     masks: list[np.ndarray] = field(default_factory=list)
     """Of each row, which of its targets are learnt."""
     row_ids: list[bytes] = field(default_factory=list)
+    row_documents: list[bytes] = field(default_factory=list)
+    """Of each row, the document that its first target belongs to, by content."""
     without_target: int = 0
     """Windows left out because nothing in them is learnt."""
     _open: list[int] = field(default_factory=list)
@@ -61,8 +63,8 @@ class _Windows:
     documents: int = 0
 
     def add(self, document: str, ids: list[int], context: int) -> None:
-        """Append a document (by content hash and name), whose first `context` ids are no targets, and cut the windows it
-        completes.
+        """Append a document (by content hash, in hex, and name), whose first `context` ids are no targets, and cut the
+        windows it completes.
 
         A window begins with the BOS id where the tokenizer uses one; otherwise two neighbours share one id. Either
         way every id of the stream is a target exactly once.
@@ -82,11 +84,21 @@ class _Windows:
                 self.rows.append(np.array(prefix + self._open[start : start + content], dtype=np.int32))
                 self.masks.append(mask)
                 self.row_ids.append(_row_id(*self._origin[0][:2]))
+                first_target = content - self.seq_len + int(mask.argmax())
+                self.row_documents.append(bytes.fromhex(self._document_at(first_target)[: 2 * ROW_ID_BYTES]))
             else:
                 self.without_target += 1
             start += self.seq_len
             self._leave_behind(self.seq_len)
         del self._open[:start], self._learnt[:start]
+
+    def _document_at(self, position: int) -> str:
+        """The document of the open id at `position`, counted from where the next window starts."""
+        for document, _, left in self._origin:
+            if position < left:
+                return document
+            position -= left
+        raise IndexError(position)
 
     def _leave_behind(self, count: int) -> None:
         while count:
@@ -139,7 +151,7 @@ def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: Token
             train.add(name, ids, document.context)
     packed = PackedPiece(
         train=_store_rows(store, f"{folder}/train", data, piece, train),
-        heldout=_store_rows(store, f"{folder}/heldout", data, piece, heldout),
+        heldout=_store_rows(store, f"{folder}/heldout", data, piece, heldout, heldout.row_documents),
         documents=train.documents,
         heldout_documents=heldout.documents,
         skipped_documents=skipped,
@@ -205,13 +217,17 @@ def _row_id(document: str, position: int) -> bytes:
     return hashlib.sha256(f"{document}:{position}".encode(errors="replace")).digest()[:ROW_ID_BYTES]
 
 
-def _store_rows(store: Store, folder: str, data: Data, piece: Piece, windows: _Windows) -> tuple[ShardRecord, ...]:
-    """Shuffle the windows of a piece and cut them into shards."""
+def _store_rows(
+    store: Store, folder: str, data: Data, piece: Piece, windows: _Windows, row_documents: list[bytes] | None = None
+) -> tuple[ShardRecord, ...]:
+    """Shuffle the windows of a piece and cut them into shards, which keep `row_documents` if given."""
     order = shuffled(len(windows.rows), data.seed, piece.index)
     records: list[ShardRecord] = []
     for start in range(0, len(order), data.rows_per_shard):
         chosen = [int(i) for i in order[start : start + data.rows_per_shard]]
         masks = np.stack([windows.masks[i] for i in chosen]) if data.source.prompt else None
-        shard = TokenShard([windows.row_ids[i] for i in chosen], np.stack([windows.rows[i] for i in chosen]), masks)
+        documents = [row_documents[i] for i in chosen] if row_documents else None
+        ids = np.stack([windows.rows[i] for i in chosen])
+        shard = TokenShard([windows.row_ids[i] for i in chosen], ids, masks, documents)
         records.append(put_shard(store, folder, len(records), shard.to_table()))
     return tuple(records)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -13,26 +13,45 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 48
 LONGEST_PROMPT = 128
 
 
+class Continuations(NamedTuple):
+    """What models say after prompts, as far as they can."""
+
+    texts: list[dict[str, str | None]]
+    """By prompt: `prompt`, and a text by model, None from one that failed."""
+    failures: dict[str, str]
+    """By model, why it said nothing."""
+
+
 def continued(
     models: Mapping[str, PreTrainedModel], windows: torch.Tensor, kept: torch.Tensor, tokenizer_folder: Path
-) -> list[dict[str, str]]:
+) -> Continuations:
     """`PROMPTS` prompts out of `windows` [rows, seq + 1], evenly chosen, with what each of `models` says next.
 
-    Every entry has `prompt` and a text by model: up to `NEW_TOKENS` greedily chosen tokens, fewer if the model ends its text.
-    `kept` [rows, seq] are the targets that are learnt from: what comes before them is a prompt.
+    That is up to `NEW_TOKENS` greedily chosen tokens, fewer if the model ends its text. Prompts are cut at their beginning
+    where they would leave a model no position to go on. `kept` [rows, seq] are the targets that are learnt from: what comes
+    before them is a prompt. A model that fails is no reason to lose all that was measured, so this raises nothing for one.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     count = min(PROMPTS, len(windows))
     rows = [i * len(windows) // count for i in range(count)]
-    prompts = [prompt_of(windows[row], kept[row]) for row in rows]
-    return [
-        {"prompt": tokenizer.decode(prompt.tolist(), skip_special_tokens=True)}
-        | {
-            name: tokenizer.decode(_continue(model, prompt, tokenizer.eos_token_id), skip_special_tokens=True)
-            for name, model in models.items()
-        }
-        for prompt in prompts
+    room = min(_room(model) for model in models.values())
+    prompts = [prompt_of(windows[row], kept[row])[-room:] for row in rows]
+    texts: list[dict[str, str | None]] = [
+        {"prompt": tokenizer.decode(prompt.tolist(), skip_special_tokens=True)} for prompt in prompts
     ]
+    failures: dict[str, str] = {}
+    for name, model in models.items():
+        said: list[str | None] = [None] * count
+        try:
+            said = [
+                tokenizer.decode(_continue(model, prompt, tokenizer.eos_token_id), skip_special_tokens=True)
+                for prompt in prompts
+            ]
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {error}"
+        for entry, text in zip(texts, said, strict=True):
+            entry[name] = text
+    return Continuations(texts, failures)
 
 
 def prompt_of(ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -49,13 +68,22 @@ def prompt_of(ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return ids[max(begin, end + 1 - LONGEST_PROMPT) : end + 1]
 
 
+def _positions(model: PreTrainedModel) -> int:
+    """How many tokens `model` can read."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_PROMPT + NEW_TOKENS
+
+
+def _room(model: PreTrainedModel) -> int:
+    """The longest prompt that leaves `model` positions for `NEW_TOKENS`, or half of those it has."""
+    return max(_positions(model) - NEW_TOKENS, _positions(model) // 2)
+
+
 @torch.inference_mode()
 def _continue(model: PreTrainedModel, prompt: torch.Tensor, end: int | Sequence[int] | None) -> list[int]:
     """The ids that `model` says after `prompt` [n]."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt) + NEW_TOKENS
     # In place of what the folder says of sampling: all models are asked in the same way.
     model.generation_config = GenerationConfig(
-        max_new_tokens=min(NEW_TOKENS, longest - len(prompt)),
+        max_new_tokens=min(NEW_TOKENS, _positions(model) - len(prompt)),
         do_sample=False,
         use_cache=True,
         eos_token_id=end,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from orchestrator.errors import DataError
 from orchestrator.evaluate.bootstrap import Intervals, intervals
-from orchestrator.evaluate.generate import continued
+from orchestrator.evaluate.generate import Continuations, continued
 from orchestrator.evaluate.samples import Answers, SampleToken, sample_text
 from orchestrator.evaluate.speculate import Acceptance, acceptance
 from orchestrator.evaluate.tokens import Against, by_token
@@ -66,8 +66,8 @@ class Measured:
     by_token: dict[str, Any]
     """What report.json says under `heldout`."""
     samples: list[list[SampleToken]]
-    generated: list[dict[str, str]]
-    """What `continued` returns; without a teacher that no process holds alone."""
+    generated: Continuations
+    """Without a teacher that no process holds alone."""
     intervals: Intervals | None
 
 
@@ -87,6 +87,17 @@ class _Sums:
         """Per confidence bin: count, confidence, correct."""
 
 
+class Windows(NamedTuple):
+    """Held-out windows."""
+
+    ids: torch.Tensor
+    """[rows, seq + 1], int64"""
+    kept: torch.Tensor
+    """[rows, seq], bool: which targets count."""
+    documents: Sequence[bytes]
+    """[rows]: the document that each belongs to."""
+
+
 @dataclass(frozen=True)
 class Heldout:
     """Windows that no training has seen, at most `rows` of them."""
@@ -95,11 +106,14 @@ class Heldout:
     data_folder: str
     manifest: TokenManifest
     rows: int
+    watched: int = 0
+    """Rows that training was evaluated on; others are taken where there are enough."""
 
-    def windows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Evenly from as many shards as `rows` allows: ids [rows, seq + 1], and which targets count [rows, seq]."""
-        tokens = measured_rows(self.store, self.data_folder, self.manifest, self.rows)
-        return torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.counted())
+    def windows(self) -> Windows:
+        """Evenly from as many shards as `rows` allows."""
+        tokens = measured_rows(self.store, self.data_folder, self.manifest, self.rows, self.watched)
+        assert tokens.documents is not None
+        return Windows(torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.counted()), tokens.documents)
 
 
 @dataclass(frozen=True)
@@ -152,7 +166,8 @@ def _measured(
 ) -> Measured:
     """What `speakers`, the teacher first, say, and what `models`, those of them that are in this process, are."""
     on = models["student"].device
-    windows, kept = (tensor.to(on) for tensor in heldout.windows())
+    windows, kept, documents = heldout.windows()
+    windows, kept, targets = windows.to(on), kept.to(on), kept.sum(1)
     sums = {name: _Sums() for name in speakers}
     entropy: list[torch.Tensor] = []
     for answers in speakers.values():  # first calls build caches; they would distort the speed of whoever comes first
@@ -169,10 +184,10 @@ def _measured(
     }
     tokenizer = Tokenizer.from_file(str(subjects["teacher"].folder / "tokenizer.json"))
     samples = sample_text(speakers["teacher"], speakers["student"], windows, tokenizer)
-    generated = continued(models, windows, kept, subjects["teacher"].folder)
-    targets = kept.sum(1).cpu()
     nats = {name: _by_window(torch.cat(s.ce), targets) for name, s in sums.items()}
-    found = intervals(nats, targets.numpy())
+    found = intervals(nats, targets.numpy(), documents)
+    # Last of all: what fails in it may leave no working device behind.
+    generated = continued(models, windows, kept, subjects["teacher"].folder)
     return Measured(figures, by_token(torch.cat(entropy).numpy(), against), samples, generated, found)
 
 

@@ -88,7 +88,7 @@ def verdict(report: dict[str, Any]) -> str:
     if within is None:
         return (
             f"Hard-label training ends {baseline - teacher:.3f} nats per token above the teacher, too little for these "
-            "held-out rows to tell how much of it distillation recovers."
+            "held-out documents to tell how much of it distillation recovers."
         )
     if gap > 1:
         return (

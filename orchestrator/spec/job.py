@@ -29,6 +29,11 @@ class Evaluate(Spec):
     every_rows: int = Field(default=16, ge=1)
     """Held-out windows of these evaluations, the same each time; others than those of `rows`, where there are enough."""
 
+    @property
+    def watched(self) -> int:
+        """Held-out windows that training is evaluated on."""
+        return self.every_rows if self.every else 0
+
 
 class Export(Spec):
     directory: Annotated[str | None, NO_RESULT] = None

@@ -1,7 +1,13 @@
-"""Held-out rows to measure on: which they are, and where labels of a few of them are kept."""
+"""Held-out rows to measure on: which they are, and where labels of a few of them are kept.
+
+Rows that a training is watched on are the last ones of their shards, rows that models are measured on at the end the first.
+A training that is stopped, or whose model is chosen, by some rows is so measured on others, where there are enough. Which rows
+these are follows from how many each shard has, so every process finds the same.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,31 +27,62 @@ class HeldoutLog:
     rows: int
 
 
-def measured_rows(store: Store, folder: str, manifest: TokenManifest, rows: int) -> TokenShard:
-    """At most `rows` held-out rows, evenly from as many shards as that allows; `folder` is that of the tokens."""
-    return _evenly(store, folder, manifest, rows, from_end=False)
+Choice = dict[int, range]
+"""Chosen rows by shard."""
+
+
+def choose_watched(shards: Sequence[int], rows: int) -> Choice:
+    """At most `rows` rows, the last ones of shards with so many rows each."""
+    return {shard: range(shards[shard] - count, shards[shard]) for shard, count in _evenly(shards, rows).items()}
+
+
+def choose_measured(shards: Sequence[int], rows: int, watched: int) -> Choice:
+    """At most `rows` rows, the first ones of shards with so many rows each; none of the `watched` ones if `disjoint`."""
+    there = _unwatched(shards, watched) if disjoint(shards, rows, watched) else shards
+    return {shard: range(count) for shard, count in _evenly(there, rows).items()}
+
+
+def disjoint(shards: Sequence[int], rows: int, watched: int) -> bool:
+    """Whether enough rows are left to measure on without those that are watched: all that are asked for, or as many as are
+    watched."""
+    return sum(_unwatched(shards, watched)) >= min(rows, watched)
+
+
+def _unwatched(shards: Sequence[int], watched: int) -> list[int]:
+    taken = choose_watched(shards, watched)
+    return [rows - len(taken.get(shard, ())) for shard, rows in enumerate(shards)]
+
+
+def _evenly(shards: Sequence[int], rows: int) -> dict[int, int]:
+    """How many of `rows` to take from which shard, evenly from as many shards as that allows."""
+    there = [shard for shard, count in enumerate(shards) if count]
+    taken = min(rows, len(there))
+    return {
+        shard: min(-(-(rows - i) // taken), shards[shard])
+        for i, shard in enumerate(there[i * len(there) // taken] for i in range(taken))
+    }
+
+
+def measured_rows(store: Store, folder: str, manifest: TokenManifest, rows: int, watched: int) -> TokenShard:
+    """The rows of `choose_measured`, where `watched` are watched; `folder` is that of the tokens."""
+    return _read(store, folder, manifest, choose_measured(manifest.heldout_rows, rows, watched))
 
 
 def watched_rows(store: Store, folder: str, manifest: TokenManifest, rows: int) -> TokenShard:
-    """The same from the other ends of the shards.
-
-    A training that is stopped, or whose model is chosen, by these rows is measured on others, where there are enough.
-    """
-    return _evenly(store, folder, manifest, rows, from_end=True)
+    """The rows of `choose_watched`; `folder` is that of the tokens."""
+    return _read(store, folder, manifest, choose_watched(manifest.heldout_rows, rows))
 
 
-def _evenly(store: Store, folder: str, manifest: TokenManifest, rows: int, from_end: bool) -> TokenShard:
-    shards = manifest.heldout
-    count = min(rows, len(shards))
-    each, over = divmod(rows, count)
-    parts: list[TokenShard] = []
-    for i in range(count):
-        tokens = read_tokens(store, f"{folder}/heldout", shards[i * len(shards) // count])
-        wanted = min(each + (i < over), len(tokens.row_ids))
-        parts.append(tokens.rows(slice(len(tokens.row_ids) - wanted, None) if from_end else slice(wanted)))
+def _read(store: Store, folder: str, manifest: TokenManifest, choice: Choice) -> TokenShard:
+    parts = [
+        read_tokens(store, f"{folder}/heldout", manifest.heldout[shard]).rows(slice(rows.start, rows.stop))
+        for shard, rows in choice.items()
+    ]
     masks = [part.loss_mask for part in parts if part.loss_mask is not None]
+    documents = [document for part in parts for document in part.documents or ()]
     return TokenShard(
         [row for part in parts for row in part.row_ids],
         np.concatenate([part.ids for part in parts]),
         np.concatenate(masks) if masks else None,
+        documents or None,
     )

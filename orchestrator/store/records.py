@@ -94,6 +94,11 @@ class TokenManifest(Record):
     def shard_rows(self) -> list[int]:
         return [s.rows for s in self.train]
 
+    @property
+    def heldout_rows(self) -> list[int]:
+        """By shard."""
+        return [s.rows for s in self.heldout]
+
 
 @dataclass(frozen=True)
 class Tokens:

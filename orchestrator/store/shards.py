@@ -20,7 +20,7 @@ from orchestrator.store.files import Store
 from orchestrator.store.records import ShardRecord
 
 ROW_ID_BYTES = 16
-TOKEN_SCHEMA_VERSION = 2
+TOKEN_SCHEMA_VERSION = 3
 
 
 def to_parquet(table: pa.Table) -> bytes:
@@ -87,6 +87,8 @@ class TokenShard:
     """[rows, seq_len + 1]"""
     loss_mask: npt.NDArray[np.bool_] | None = None
     """[rows, seq_len]: whether ids[:, t + 1] is learnt; None: all are."""
+    documents: list[bytes] | None = None
+    """16 bytes each, from the hash of the document that the row's first target belongs to; held-out rows have them."""
 
     def to_table(self) -> pa.Table:
         width = self.ids.shape[1]
@@ -96,12 +98,15 @@ class TokenShard:
         }
         if self.loss_mask is not None:
             columns["loss_mask"] = pa.FixedSizeListArray.from_arrays(pa.array(self.loss_mask.reshape(-1)), width - 1)
+        if self.documents is not None:
+            columns["document"] = pa.array(self.documents, pa.binary(ROW_ID_BYTES))
         return pa.table(columns).replace_schema_metadata({"schema_version": str(TOKEN_SCHEMA_VERSION)})
 
     @classmethod
     def from_table(cls, table: pa.Table) -> TokenShard:
         mask = _matrix(table, "loss_mask").astype(np.bool_) if "loss_mask" in table.column_names else None
-        return cls(binary_column(table, "row_id"), _matrix(table, "ids").astype(np.int32), mask)
+        documents = binary_column(table, "document") if "document" in table.column_names else None
+        return cls(binary_column(table, "row_id"), _matrix(table, "ids").astype(np.int32), mask, documents)
 
     def counted(self) -> npt.NDArray[np.bool_]:
         """Which targets count, [rows, seq_len]: all but those of a prompt."""
@@ -110,7 +115,8 @@ class TokenShard:
     def rows(self, some: slice) -> TokenShard:
         """Some of its rows."""
         mask = None if self.loss_mask is None else self.loss_mask[some]
-        return TokenShard(self.row_ids[some], self.ids[some], mask)
+        documents = None if self.documents is None else self.documents[some]
+        return TokenShard(self.row_ids[some], self.ids[some], mask, documents)
 
     def ids_sha256(self) -> list[bytes]:
         """First 16 bytes of the SHA-256 of each row's ids, little-endian int32."""

@@ -54,7 +54,7 @@ def main() -> None:
     folder = f"data/{keys['data']}"
     manifest = TokenManifest.load(store, f"{folder}/{MANIFEST}")
     assert manifest is not None
-    windows, _ = Heldout(store, folder, manifest, job.evaluate.rows).windows()
+    windows = Heldout(store, folder, manifest, job.evaluate.rows).windows().ids
     targets = windows[:, 1:].flatten()
     fitted_on, measured_on = torch.arange(len(targets)).chunk(2)
     order = TrainingOrder(manifest.shard_rows, job.seed, job.train.global_batch)

@@ -165,7 +165,7 @@ def answered(job: Job, case: Case) -> list[list[Lesson]]:
 def heldout_ce(case: Case, model: Any, rows: int) -> float:
     """Mean CE in nats on the windows that the quickstart is measured on."""
     total = count = 0.0
-    for part in Heldout(case.store, case.data_folder, case.manifest, rows).windows()[0].split(8):
+    for part in Heldout(case.store, case.data_folder, case.manifest, rows).windows().ids.split(8):
         logits = output_head(model)(last_hidden(model, part[:, :-1]).flatten(0, 1))
         total += float(torch.nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum"))
         count += part[:, 1:].numel()

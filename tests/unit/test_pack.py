@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -240,6 +241,31 @@ def test_held_out_documents_are_in_no_training_window(tmp_path: Path, store: Loc
     assert len(found["heldout"]) == packed.heldout_documents
     assert len(found["train"]) == packed.documents == 200 - packed.heldout_documents
     assert 25 < packed.heldout_documents < 80, "a quarter of 200, six standard deviations either way"
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
+def test_held_out_windows_know_the_document_of_their_first_target(tmp_path: Path, store: LocalStore, bos: int | None) -> None:
+    """Every document is one word repeated; one that stands twice, under two names, is one document."""
+    word_tokenizer(store)
+    (tmp_path / "text").mkdir()
+    texts = [f"w{i} " * (7 + i) for i in range(30)] + ["w29 " * 36]
+    for i, text in enumerate(texts):
+        (tmp_path / "text" / f"{i}.txt").write_text(text)
+    named = {i + FIRST_WORD: hashlib.sha256(text.encode()).digest()[:16] for i, text in enumerate(texts[:30])}
+    data = text_data(tmp_path / "text", heldout_fraction=0.5)
+    packed = pack_piece(store, FOLDER, data, list_pieces(data)[0], replace(FACTS, bos=bos))
+    shards = [read_tokens(store, f"{FOLDER}/heldout", record) for record in packed.heldout]
+    checked = 0
+    for shard in shards:
+        assert shard.documents is not None
+        for ids, document in zip(shard.ids.tolist(), shard.documents, strict=True):
+            # A separator belongs to the document that it ends.
+            of = ids[1] if ids[1] != SEPARATOR else ids[0]
+            if of != BOS:
+                assert document == named[of]
+                checked += 1
+    assert checked > 20
+    assert all(read_tokens(store, f"{FOLDER}/train", record).documents is None for record in packed.train)
 
 
 # What cannot be used.

@@ -278,7 +278,7 @@ def test_gap_is_shown_with_its_interval_or_not_at_all(tmp_path: Path) -> None:
     _, page, summary = _written(tmp_path, report, [])
     assert "recovers 25 % (95 % interval −2.0 % to 31 %) of the gap" in summary and "−2.0 % to 31 % over held-out" in summary
     assert "95 % interval −2.0 % to 31 %</small>" in page
-    assert "too little for these held-out rows to tell" in verdict(report | {"gap_recovered_interval": None})
+    assert "too little for these held-out documents to tell" in verdict(report | {"gap_recovered_interval": None})
 
 
 def test_facts_of_the_run_are_shown(tmp_path: Path, seed: int) -> None:
@@ -312,6 +312,9 @@ def test_continuations_stand_side_by_side(tmp_path: Path, seed: int) -> None:
     text = _Page(page).spaced
     assert "def f(x): teacher return x + 1 student return x baseline nothing: it ends the text" in text
     assert "| The student's | teacher \\<b\\> | teacher | the the |" in summary
+    report["generated"][0]["student"] = report["generated"][1]["student"] = None
+    _, page, summary = _written(tmp_path, report, small_points())
+    assert "student failed: see the faults baseline" in _Page(page).spaced and "(failed) |" in summary
     for entry in report["generated"]:
         del entry["teacher"]
     _, page, summary = _written(tmp_path, report, small_points())
