@@ -153,9 +153,22 @@ def export(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolder,
     """The student as a Hugging Face folder."""
     from orchestrator.export.folder import Release, export_model
 
-    target = run.job.export.directory or run.store.address(f"{run.directory.key}/export")
     with run.stage("export", student.manifest.content):
-        export_model(Release(run.job, run.store, tokens, teacher, student, report), target)
+        export_model(Release(run.job, run.store, tokens, teacher, student, report), *_export_target(run))
+
+
+def check_export(run: Run) -> None:
+    """Raise, before anything costs time, if the student could not be exported to where it is to go."""
+    from orchestrator.export.folder import check_target
+
+    check_target(*_export_target(run))
+
+
+def _export_target(run: Run) -> tuple[str, dict[str, str]]:
+    """Where the export goes, and how it names the run."""
+    directory = run.directory
+    origin = {"run": directory.run, "identity": directory.identity}
+    return run.job.export.directory or run.store.address(f"{directory.key}/export"), origin
 
 
 def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def run(plan: Plan, display: Display | None = None) -> dict[str, Any]:
         for warning in checked.warnings:
             run.warn(warning)
         steps.check_cluster(run)
+        outcome.check_export(run)
         teacher = steps.fetch_teacher(run)
         tokens = steps.tokenize(run, teacher)
         teacher = teacher or steps.pretrain_teacher(run, tokens)

@@ -101,7 +101,8 @@ def _written(value: Any) -> str:
 def points(job: str | Path, axes: Mapping[str, Sequence[Any]], overrides: Sequence[str] = ()) -> list[Point]:
     """Every point of the grid `axes` with its plan; nothing is started.
 
-    Raises `SpecError` for the first point that cannot be run, and for two points that would be the same run.
+    Raises `SpecError` for the first point that cannot be run, and for two points that would be the same run or export to the
+    same place.
     """
     given = {override.partition("=")[0] for override in overrides}
     for key in given & axes.keys():
@@ -113,19 +114,26 @@ def points(job: str | Path, axes: Mapping[str, Sequence[Any]], overrides: Sequen
         same = seen.setdefault((spec.storage, spec.name, identity_of(spec)), point)
         if same is not point:
             raise SpecError(f"--grid: {same} and {point} are one and the same run; sweep a key that changes its result")
+        target = spec.export.directory
+        if target is not None and any(target == other.plan.job.export.directory for other in found if other is not point):
+            raise SpecError(
+                f"export.directory: several points would export to {clip(target, 120)}, each over the one before; with "
+                "--set export.directory=null every run keeps its own export"
+            )
     return found
 
 
 def run_points(grid_points: Sequence[Point]) -> list[Ran]:
     """Run `grid_points` one after another, or continue them; a point whose run has finished keeps its report as it is.
 
-    A point that fails with a user's error does not keep the others from running; any other error ends the sweep.
+    A point that fails with a user's error does not keep the others from running; any other error ends the sweep. What a failed
+    run left behind on Ray ends before the next one begins.
     """
     from orchestrator.runtime.session import ray_session
 
     slots = max(point.plan.cpu_slots for point in grid_points)
     ended: list[Ran] = []
-    with ExitStack() as stack:
+    with ExitStack() as ray:
         for number, point in enumerate(grid_points, 1):
             store = open_store(point.plan.storage)
             store.check_writable()
@@ -133,9 +141,10 @@ def run_points(grid_points: Sequence[Point]) -> list[Ran]:
             report, error = _report_of(store, directory), None
             _say(f"sweep {number}/{len(grid_points)}  {directory.run}  {point}" + ("  finished before" if report else ""))
             if report is None:
-                stack.enter_context(ray_session(grid_points[0].plan.job.cluster, slots))  # the first starts Ray, others keep it
+                ray.enter_context(ray_session(grid_points[0].plan.job.cluster, slots))  # keeps one that is up
                 report, error = _attempt(point)
             if error is not None:
+                ray.close()  # its training may still go on, and would have the cores that the next point needs
                 _say(f"{directory.run} failed: {error}")
             ended.append(Ran(point, store.address(directory.key), report, error))
     return ended

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from orchestrator.compare.figures import BY_NAME, Figure
@@ -51,9 +52,13 @@ class Group:
     label: str
 
     def figure(self, name: str) -> Interval | None:
-        """The interval of a figure over the runs that have it; None if none has."""
-        values = [run.figures[name] for run in self.runs if name in run.figures]
+        """The interval of a figure over the seeds that have it; None if none has."""
+        values = list(self.by_seed(name).values())
         return interval(values) if values else None
+
+    def by_seed(self, name: str) -> dict[Any, float]:
+        """The values of a figure by seed: the newest run's, for several runs of a seed are one draw."""
+        return {run.seed: run.figures[name] for run in sorted(self.runs, key=attrgetter("started_s")) if name in run.figures}
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ def difference(better: Group, other: Group, figure: str) -> Interval | None:
 
     Two runs of one seed share first weights and order of training, so their difference varies less than they do.
     """
-    ours, theirs = ({run.seed: run.figures[figure] for run in g.runs if figure in run.figures} for g in (better, other))
+    ours, theirs = better.by_seed(figure), other.by_seed(figure)
     pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return interval(pairs) if len(pairs) >= 2 else None
 
@@ -156,7 +161,7 @@ def finding(comparison: Comparison) -> str:
     ce = BY_NAME["heldout_ce_nats"]
     measured = [(found, group) for group in comparison.groups if (found := group.figure(ce.name)) is not None]
     ranked = sorted(measured, key=lambda pair: pair[0].mean)
-    runs = sum(found.n for found, _ in ranked)
+    runs = sum(ce.name in run.figures for run in comparison.runs)
     if len(ranked) < 2 and runs < len(comparison.runs):
         return f"{runs} of {len(comparison.runs)} runs have a held-out cross entropy so far: there is nothing to compare yet."
     if ce.on in comparison.incomparable:
@@ -199,6 +204,12 @@ def _cautions(runs: Sequence[RunRecord], groups: Sequence[Group]) -> tuple[froze
     unfinished = [run.name for run in runs if not run.finished]
     if unfinished:
         said.append(f"Not finished: {', '.join(unfinished)}. What is there so far is shown.")
+    for group in groups:
+        for seed in dict.fromkeys(run.seed for run in group.runs):
+            same = sorted((run for run in group.runs if run.seed == seed), key=attrgetter("started_s"))
+            if len(same) > 1:
+                names = ", ".join(run.name for run in same)
+                said.append(f"{names} are one job with one seed: of each figure, the newest value alone counts in means.")
     if len(groups) == len(runs):
         said.append("One run of each job: small differences may be chance. More seeds: distill sweep JOB --grid seed=0,1,2.")
     return frozenset(kinds), tuple(said)

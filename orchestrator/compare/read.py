@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from orchestrator.compare.figures import FIGURES
 from orchestrator.errors import SpecError
-from orchestrator.run_lookup import find_run
+from orchestrator.run_lookup import INPUTS, SHOWN_HEX, find_run, status_of
 from orchestrator.spec.base import flat, result_fields
 from orchestrator.spec.job import Job
 from orchestrator.spec.reader import Reader
@@ -30,11 +30,13 @@ class RunRecord:
     """Unique within the comparison: the run's name, or its address where two storages have that name."""
     address: str
     status: str
-    """As in run.json: `finished`, `running` (or killed since), `stopped` or `failed`."""
+    """As `status_of` says it."""
+    started_s: float
+    """Unix time at which its first attempt began; 0 where that is not known."""
     job: Flat
-    """Every field of the job."""
+    """Every field of the job, and `inputs`, which stands for the files that the run read."""
     result: Flat
-    """The fields that can change a result, without the seed."""
+    """Those of them that can change a result, without the seed."""
     job_yaml: str
     figures: dict[str, float]
     """The figures that the run has, by `Figure.name`."""
@@ -71,15 +73,17 @@ def _read(directory: Store, name: str) -> RunRecord:
     job_yaml = directory.read("job.yaml").decode()
     job, result = _fields(job_yaml, f"{directory.address()}/job.yaml")
     record: dict[str, Any] = directory.read_json("run.json") or {}
+    inputs = {INPUTS: record[INPUTS][:SHOWN_HEX]} if record.get(INPUTS) else {}
     stages: dict[str, dict[str, Any]] = record.get("stages", {})
     data = stages.get("data")
     measured = (job.get("evaluate.rows"), job.get("evaluate.every") and job.get("evaluate.every_rows"))
     return RunRecord(
         name=name,
         address=directory.address(),
-        status=record.get("status", "running"),
-        job=job,
-        result=result,
+        status=status_of(directory, "", record),
+        started_s=record.get("started_s", 0.0),
+        job=job | inputs,
+        result=result | inputs,
         job_yaml=job_yaml,
         figures=_figures(directory.read_json("report.json") or {}),
         points=_points(directory, stages),

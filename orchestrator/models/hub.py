@@ -11,6 +11,15 @@ from orchestrator.models.tokenizer import TEMPLATES, TOKENIZER_FILES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CARD = "README.md"
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    INDEX,
+    *TOKENIZER_FILES,
+    f"{TEMPLATES}/*",
+)
+"""Patterns of the files of a checkpoint that a run may read, but for its card."""
 
 
 def checkpoint_folder(path: str, revision: str | None, key: str) -> Path:

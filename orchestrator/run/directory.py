@@ -1,10 +1,12 @@
 """Run directories: a run is the name of a job and a number.
 
     runs/NAME             the first run of that name
-    runs/NAME-2           the next job under the same name that differs from it in a field that can change a result
+    runs/NAME-2           the next one under the same name: a job that differs from it in a field that can change a result,
+                          or the same job on other files
     runs/.claims/NAME-2   which job has that directory: written once, before anything else of the run
 
-A claim outlasts its directory, so a number is never given to two jobs. The same job always gets the same directory.
+A claim outlasts its directory, so a number is never given to two jobs. The same job on the same files always gets the same
+directory.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from itertools import count
 
 from orchestrator.plan.fingerprint import fingerprint
+from orchestrator.run.inputs import inputs_of
 from orchestrator.spec.job import Job
 from orchestrator.store.files import Store
 from orchestrator.store.records import Record
@@ -30,7 +33,9 @@ class RunDirectory(Record):
     number: int
     """Counts from 1."""
     identity: str
-    """Hex fingerprint of the job's fields that can change a result."""
+    """Hex fingerprint of the job's fields that can change a result, and of `inputs`."""
+    inputs: str = ""
+    """Hex fingerprint of the local files that the job read; empty in claims of versions that did not look."""
 
     @property
     def run(self) -> str:
@@ -44,8 +49,12 @@ class RunDirectory(Record):
 
 
 def identity_of(job: Job) -> str:
-    """Hex identity of `job` as far as its fields can change a result; its name is not one of them."""
-    return fingerprint("run", job)
+    """Hex identity of `job` on this machine's files, by the fields that can change a result; its name is not one of them."""
+    return _identity(job, inputs_of(job))
+
+
+def _identity(job: Job, inputs: str) -> str:
+    return fingerprint("run", job, inputs)
 
 
 def claim_directory(store: Store, job: Job) -> RunDirectory:
@@ -53,13 +62,14 @@ def claim_directory(store: Store, job: Job) -> RunDirectory:
 
     Of two processes that start the same job at once both get the same directory, of two jobs each its own.
     """
-    identity = identity_of(job)
-    taken = [found for found in claimed(store) if found.name == job.name]
+    inputs = inputs_of(job)
+    identity = _identity(job, inputs)
+    taken = list(claimed(store, job.name))
     ours = next((found for found in taken if found.identity == identity), None)
     if ours is not None:
         return ours
     for number in count(1 + max((found.number for found in taken), default=0)):
-        wanted = RunDirectory(name=job.name, number=number, identity=identity)
+        wanted = RunDirectory(name=job.name, number=number, identity=identity, inputs=inputs)
         claim = f"{_CLAIMS}/{wanted.run}"
         unclaimed = store.exists(f"{wanted.key}/{RUN}") and not store.exists(claim)  # of a version that knew no claims
         if not unclaimed and store.put_if_absent(claim, wanted.model_dump_json().encode()):
@@ -67,11 +77,12 @@ def claim_directory(store: Store, job: Job) -> RunDirectory:
     raise AssertionError("numbers do not end")
 
 
-def claimed(store: Store) -> Iterator[RunDirectory]:
-    """All run directories of the storage, by name and number."""
-    for claim in sorted(store.keys(_CLAIMS), key=_natural):
+def claimed(store: Store, name: str | None = None) -> Iterator[RunDirectory]:
+    """All run directories of the storage, or those of the job called `name`, by name and number."""
+    wanted = re.compile(r".*" if name is None else rf"{re.escape(name)}(-\d+)?")  # only these are read
+    for claim in sorted(filter(wanted.fullmatch, store.keys(_CLAIMS)), key=_natural):
         found = RunDirectory.load(store, f"{_CLAIMS}/{claim}")
-        if found is not None:
+        if found is not None and name in (None, found.name):
             yield found
 
 

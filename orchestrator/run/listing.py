@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.errors import LockedError
 from orchestrator.run.directory import RUN, RunDirectory, claimed
+from orchestrator.run_lookup import INPUTS, SHOWN_HEX, status_of
 from orchestrator.spec.base import flat, result_fields
 from orchestrator.spec.job import Job
 from orchestrator.store.files import Store
@@ -25,7 +25,7 @@ class RunSummary:
     number: int
     identity: str
     status: str
-    """running, stopped, failed, finished; killed: it says that it is running and nobody holds its lock."""
+    """As `status_of` says it."""
     started_s: float | None
     """Unix time at which its first attempt began."""
     seconds: float | None
@@ -33,18 +33,18 @@ class RunSummary:
     student_heldout_ce_nats: float | None
     gap_recovered: float | None
     differs: dict[str, Any]
-    """Fields that can change a result and have other values than in the first run of that name, with these values."""
+    """Fields that can change a result and have other values than in the first run of that name, with these values; `inputs`
+    stands for the files that it read."""
 
 
 def list_runs(store: Store, name: str | None = None) -> Iterator[RunSummary]:
     """All runs in `store`, or those of the job called `name`, by name and number."""
     first: dict[str, dict[str, Any]] = {}
-    for directory in claimed(store):
-        if name in (None, directory.name):
-            fields = _result_fields(store, directory)
-            reference = first.setdefault(directory.name, fields)
-            differs = {key: value for key, value in fields.items() if key not in reference or reference[key] != value}
-            yield _summary(store, directory, differs)
+    for directory in claimed(store, name):
+        fields = _result_fields(store, directory)
+        reference = first.setdefault(directory.name, fields)
+        differs = {key: value for key, value in fields.items() if key not in reference or reference[key] != value}
+        yield _summary(store, directory, differs)
 
 
 def _summary(store: Store, directory: RunDirectory, differs: dict[str, Any]) -> RunSummary:
@@ -55,7 +55,7 @@ def _summary(store: Store, directory: RunDirectory, differs: dict[str, Any]) -> 
         name=directory.name,
         number=directory.number,
         identity=directory.identity,
-        status=_status(store, directory, record),
+        status=status_of(store, directory.key, record),
         started_s=record.get("started_s"),
         seconds=record.get("seconds"),
         student_heldout_ce_nats=(report.get("student") or {}).get("heldout_ce_nats"),
@@ -64,21 +64,12 @@ def _summary(store: Store, directory: RunDirectory, differs: dict[str, Any]) -> 
     )
 
 
-def _status(store: Store, directory: RunDirectory, record: dict[str, Any]) -> str:
-    status = record.get("status", "killed")
-    if status != "running":
-        return status
-    try:
-        with store.exclusive(f"{directory.key}/lock"):
-            return "killed"
-    except LockedError:
-        return status
-
-
 def _result_fields(store: Store, directory: RunDirectory) -> dict[str, Any]:
-    """The job's fields that can change a result, by dotted name; none of a job that this version does not understand."""
+    """What can change the run's result: fields of its job, by dotted name, and its inputs; none of a job that this version does
+    not understand."""
     plan = store.read_json(f"{directory.key}/plan.json") or {}
     try:
-        return flat(result_fields(Job.model_validate_json(json.dumps(plan.get("job")))))
+        fields = flat(result_fields(Job.model_validate_json(json.dumps(plan.get("job")))))
     except ValidationError:
         return {}
+    return fields | {INPUTS: directory.inputs[:SHOWN_HEX]}

@@ -125,6 +125,10 @@ class Store(ABC):
         """Hold the lock `key`; raises `LockedError`, naming the holder, if another process has it."""
 
     @abstractmethod
+    def held(self, key: str) -> bool:
+        """Whether a process holds the lock `key`; asking keeps nobody from taking it."""
+
+    @abstractmethod
     def workspace(self, key: str, names: Sequence[str], still_ours: StillOurs) -> AbstractContextManager[Path]:
         """The folder `key` for one process to work in with plain files, among them those called `names` that are there.
 

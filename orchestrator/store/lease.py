@@ -50,6 +50,13 @@ def lease(bucket: Bucket, name: str) -> Generator[StillOurs]:
         held.release()
 
 
+def held(bucket: Bucket, name: str) -> bool:
+    """Whether the lock object `name` has been renewed in the last `STALE_S`; it is not touched."""
+    looking = _Lease(bucket, name)
+    standing = looking.standing()
+    return standing is not None and not _is_free(standing) and looking.age_s(standing) < STALE_S
+
+
 class _Lease:
     def __init__(self, bucket: Bucket, name: str) -> None:
         self._bucket, self._name = bucket, name
@@ -59,17 +66,17 @@ class _Lease:
         self._renewed = 0.0
 
     def take(self) -> None:
-        first = standing = self._standing()
-        since = time.monotonic() - (0.0 if standing is None else self._age_s(standing))
+        first = standing = self.standing()
+        since = time.monotonic() - (0.0 if standing is None else self.age_s(standing))
         while standing is not None and not _is_free(standing) and time.monotonic() - since < STALE_S:
             time.sleep(LOOK_S)
-            standing = self._standing()
+            standing = self.standing()
             if standing is not None and first is not None and standing.tag != first.tag and not _is_free(standing):
                 raise self._locked(standing)
         self._renewed = time.monotonic()
         self._tag = self._bucket.write_if(self._name, self._body(), None if standing is None else standing.tag)
         if self._tag is None:  # another was faster
-            raise self._locked(self._standing())
+            raise self._locked(self.standing())
 
     def renew(self) -> None:
         with self._mutex:
@@ -77,7 +84,7 @@ class _Lease:
                 return
             began, self._renewals = time.monotonic(), self._renewals + 1
             tag = self._bucket.write_if(self._name, self._body(), self._tag)
-            standing = self._standing() if tag is None else None
+            standing = self.standing() if tag is None else None
             if standing is not None and self._id in standing.data.decode():
                 tag = standing.tag  # an earlier renewal of ours has arrived, and nobody was told
             self._tag, self._renewed = tag, began
@@ -86,14 +93,14 @@ class _Lease:
         if time.monotonic() - self._renewed > STALE_S:
             self.renew()
         if self._tag is None:
-            raise self._locked(self._standing())
+            raise self._locked(self.standing())
 
     def release(self) -> None:
         with self._mutex, suppress(EnvironmentFault):  # then it becomes stale
             if self._tag is not None:
                 self._bucket.write_if(self._name, b"{}", self._tag)
 
-    def _age_s(self, standing: Tagged) -> float:
+    def age_s(self, standing: Tagged) -> float:
         """At least so long ago, by the bucket's clock, `standing` was written."""
         probe = f"{self._name}.{self._id}"
         self._bucket.write(probe, b"")
@@ -101,7 +108,7 @@ class _Lease:
         self._bucket.remove([probe])
         return max(0.0, (now - standing.modified).total_seconds() - CLOCK_TICK_S)
 
-    def _standing(self) -> Tagged | None:
+    def standing(self) -> Tagged | None:
         try:
             return self._bucket.read_tagged(self._name)
         except FileNotFoundError:

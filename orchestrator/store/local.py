@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from orchestrator.errors import EnvironmentFault
 from orchestrator.store.files import Part, StillOurs, Store, storage_faults
-from orchestrator.store.lock import exclusive
+from orchestrator.store.lock import exclusive, held
 from orchestrator.store.records import FileRecord, describe_folder
 
 
@@ -133,6 +133,9 @@ class LocalStore(Store):
 
     def exclusive(self, key: str) -> AbstractContextManager[StillOurs]:
         return exclusive(self.path(key))
+
+    def held(self, key: str) -> bool:
+        return held(self.path(key))
 
     @contextmanager
     def workspace(self, key: str, names: Sequence[str], still_ours: StillOurs) -> Generator[Path]:

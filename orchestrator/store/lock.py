@@ -13,6 +13,9 @@ from pathlib import Path
 from orchestrator.errors import LockedError
 from orchestrator.store.files import StillOurs, storage_faults
 
+LOOK_S = 0.1
+"""Far longer than `held` keeps a lock to itself."""
+
 
 @contextmanager
 def exclusive(path: Path) -> Generator[StillOurs]:
@@ -21,17 +24,36 @@ def exclusive(path: Path) -> Generator[StillOurs]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            raise LockedError(f"{path.parent} is locked by {holder}") from None
+        if not _locked(descriptor, fcntl.LOCK_EX):
+            time.sleep(LOOK_S)  # somebody may only have looked
+            if not _locked(descriptor, fcntl.LOCK_EX):
+                raise LockedError(f"{path.parent} is locked by {_holder(descriptor)}")
         with storage_faults(path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, holder_now().encode(), 0)
         yield lambda: None
     finally:
         os.close(descriptor)
+
+
+def held(path: Path) -> bool:
+    """Whether a process holds the lock file `path`; never takes it from one that wants it."""
+    if not path.exists():
+        return False
+    with storage_faults(path), path.open("rb") as file:
+        return not _locked(file.fileno(), fcntl.LOCK_SH)
+
+
+def _locked(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def _holder(descriptor: int) -> str:
+    return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
 
 
 def holder_now() -> str:

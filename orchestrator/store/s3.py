@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from orchestrator.errors import EnvironmentFault, IntegrityError, SpecError
 from orchestrator.store.bucket import Bucket
 from orchestrator.store.files import Part, StillOurs, Store, sha256_of, storage_faults
-from orchestrator.store.lease import lease
+from orchestrator.store.lease import held, lease
 from orchestrator.store.mirror import mirrored
 from orchestrator.store.records import FileRecord, Record, describe_folder
 
@@ -133,6 +133,9 @@ class S3Store(Store):
 
     def exclusive(self, key: str) -> AbstractContextManager[StillOurs]:
         return lease(self._bucket, self._name(key))
+
+    def held(self, key: str) -> bool:
+        return held(self._bucket, self._name(key))
 
     def workspace(self, key: str, names: Sequence[str], still_ours: StillOurs) -> AbstractContextManager[Path]:
         return mirrored(self, key, names, still_ours, node_folder())

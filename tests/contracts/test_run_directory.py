@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,76 @@ def test_a_run_of_an_earlier_version_is_left_alone(tmp_path: Path) -> None:
     store.replace(f"runs/a/{RUN}", json.dumps({"name": "a", "status": "finished", "attempt": 1}).encode())
     assert claim_directory(store, job()).run == "a-2"
     assert claim_directory(store, job()).run == "a-2"
+
+
+def texts(folder: Path) -> Job:
+    return job(data={"source": {"kind": "text", "paths": [f"{folder}/*.txt"]}})
+
+
+def test_the_same_job_on_other_documents_is_another_run(store: Store, tmp_path: Path) -> None:
+    """Else the old report would be overwritten, or taken for that of the new documents."""
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.md").write_text("not read")
+    made = texts(tmp_path)
+    assert claim_directory(store, made).run == "a"
+    (tmp_path / "a.md").write_text("not read, and changed")
+    assert claim_directory(store, made).run == "a", "the same files continue"
+    (tmp_path / "b.txt").write_text("two")
+    assert claim_directory(store, made).run == "a-2"
+    os.utime(tmp_path / "b.txt", ns=(5, 5))
+    assert claim_directory(store, made).run == "a-3"
+    (tmp_path / "b.txt").unlink()
+    assert claim_directory(store, made).run == "a", "the first was left as it is"
+    assert [bool(r.differs) for r in list_runs(store)] == [False] * 3, "none has begun"
+    for found in claimed(store):
+        store.replace(f"{found.key}/plan.json", json.dumps({"job": made.model_dump(mode="json")}).encode())
+    assert [[*r.differs] for r in list_runs(store)] == [[], ["inputs"], ["inputs"]]
+
+
+def test_other_bytes_in_a_local_model_make_another_run(tmp_path: Path) -> None:
+    teacher, student, gguf = tmp_path / "teacher", tmp_path / "student", tmp_path / "[q4].gguf"
+    tokenizer = {"tokenizer": {"kind": "teacher"}}
+    for folder in (teacher, student):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"1")
+        (folder / "optimizer.pt").write_bytes(b"1")
+    gguf.write_bytes(b"1")
+    of_folders = job(
+        data=tokenizer,
+        teacher={"kind": "transformers", "path": str(teacher)},
+        student={"kind": "checkpoint", "path": str(student)},
+    )
+    of_file = job(data=tokenizer, teacher={"kind": "gguf", "file": str(gguf)})
+    seen = [identity_of(of_folders), identity_of(of_file)]
+    (teacher / "optimizer.pt").write_bytes(b"22")
+    assert [identity_of(of_folders), identity_of(of_file)] == seen, "nobody reads it"
+    for file in (teacher / "model.safetensors", teacher / "tokenizer.json", student / "model.safetensors", gguf):
+        file.write_bytes(b"22")
+        now = identity_of(of_file if file == gguf else of_folders)
+        assert now not in seen, file
+        seen.append(now)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data": {"source": {"kind": "jsonl", "paths": ["/nowhere/*.jsonl"]}}},
+        {"data": {"source": {"kind": "dataset", "name": "owner/name"}}},
+        {"data": {"tokenizer": {"kind": "teacher"}}, "teacher": {"kind": "transformers", "path": "owner/name"}},
+        {"data": {"tokenizer": {"kind": "teacher"}}, "teacher": {"kind": "gguf", "file": "/nowhere/x.gguf"}},
+    ],
+    ids=["no corpus", "a dataset of the hub", "a teacher of the hub", "no GGUF file"],
+)
+def test_files_that_are_not_here_are_for_the_checks_to_complain_of(fields: dict[str, Any]) -> None:
+    assert identity_of(job(**fields)) == identity_of(job(**fields))
+
+
+def test_a_start_reads_the_claims_of_its_own_name_alone(store: Store) -> None:
+    for name in ("a", "ab", "a-x", "a.2"):
+        claim_directory(store, job(name))
+    store.replace("runs/.claims/ab", b"damaged, and of another job")
+    assert claim_directory(store, job(seed=1)).run == "a-2"
+    assert [d.run for d in claimed(store, "a")] == ["a", "a-2"]
 
 
 def test_runs_are_listed_with_what_differs_and_how_they_stand(store: Store) -> None:

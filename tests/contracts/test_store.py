@@ -242,6 +242,7 @@ def test_a_second_process_is_told_who_holds_the_lock(store: Store, holder: subpr
     with pytest.raises(LockedError, match=who) as caught, store.exclusive("run/lock"):
         raise AssertionError("entered")
     assert caught.value.exit_code == 7
+    assert store.held("run/lock") and not store.held("another/lock")
     with store.exclusive("another/lock") as still_ours:
         still_ours()
 
@@ -249,8 +250,10 @@ def test_a_second_process_is_told_who_holds_the_lock(store: Store, holder: subpr
 def test_a_lock_is_freed_by_its_holder_or_by_his_death(store: Store, holder: subprocess.Popen[str]) -> None:
     holder.kill()
     holder.wait()
+    eventually(lambda: not store.held("run/lock"))
     for _ in range(2):
         with store.exclusive("run/lock") as still_ours:
+            assert store.held("run/lock")
             time.sleep(0.5)
             still_ours()
             with pytest.raises(LockedError, match=f":{os.getpid()} since"), store.exclusive("run/lock"):

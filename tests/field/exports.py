@@ -172,5 +172,7 @@ def export_all(workshop: Workshop) -> Iterator[tuple[str, Path]]:
         report["labels"] = {"kind": "sampled", "bytes_per_token": 33.0}
         tokens = Tokens(workshop.data(name), workshop.manifest)
         folder = workshop.root / "exports" / name
-        export_model(Release(workshop.spec(name), workshop.store, tokens, workshop.teacher, student, report), str(folder))
+        export_model(
+            Release(workshop.spec(name), workshop.store, tokens, workshop.teacher, student, report), str(folder), {"run": name}
+        )
         yield name, folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from orchestrator.compare.table import aligned, as_dict, as_text
 from orchestrator.errors import SpecError
 from orchestrator.run_lookup import find_run
 from orchestrator.spec.base import flat
+from orchestrator.store.lock import exclusive
 from tests.past_runs import STEPS, write_run
 
 CE = BY_NAME["heldout_ce_nats"]
@@ -94,6 +96,31 @@ def test_the_order_of_runs_changes_no_group(tmp_path: Path) -> None:
         assert groups == {frozenset({"r0", "r1"}), frozenset({"r2", "r3"})}
 
 
+def begun(directory: Path, started_s: float, **more: str) -> None:
+    file = directory / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"started_s": started_s} | more))
+
+
+def test_a_seed_counts_once_whatever_the_order_of_its_runs(tmp_path: Path) -> None:
+    """The same seed run again draws nothing new: counted twice, it would make an interval narrower than it is."""
+    begun(write_run(tmp_path, "old", "seed=0", ce=3.9), 1.0)
+    begun(write_run(tmp_path, "new", "seed=0", ce=3.4), 3.0)
+    begun(write_run(tmp_path, "begun", "seed=0", ce=None, status="stopped"), 4.0)
+    begun(write_run(tmp_path, "other", "seed=1", ce=3.5), 2.0)
+    for order in itertools.permutations(("old", "new", "begun", "other")):
+        found = comparison(tmp_path, *order)
+        assert found.groups[0].figure(CE.name) == pytest.approx(interval([3.4, 3.5]))
+        assert any(text.startswith("old, new, begun are one job with one seed") for text in found.cautions)
+    assert not any("one seed" in text for text in comparison(tmp_path, "new", "other").cautions)
+
+
+def test_the_same_job_on_other_files_is_another_group(tmp_path: Path) -> None:
+    for seed, inputs in enumerate(("11" * 16, "11" * 16, "22" * 16)):
+        begun(write_run(tmp_path, f"r{seed}", f"seed={seed}", ce=3.4), seed, inputs=inputs)
+    found = comparison(tmp_path, "r0", "r1", "r2")
+    assert [(group.label, len(group.runs)) for group in found.groups] == [("inputs 11111111", 2), ("inputs 22222222", 1)]
+
+
 # What may be said.
 
 
@@ -160,6 +187,13 @@ def test_a_seed_is_not_called_the_best_of_one_job(tmp_path: Path) -> None:
 # Runs that are not finished, or not there.
 
 
+def test_a_run_that_holds_its_lock_is_running(tmp_path: Path) -> None:
+    directory = write_run(tmp_path, "a", ce=None, status="running")
+    with exclusive(directory / "lock"):
+        assert read_runs([str(directory)])[0].status == "running"
+    assert read_runs([str(directory)])[0].status == "killed"
+
+
 @pytest.mark.parametrize("status", ["failed", "running", "stopped"])
 def test_an_unfinished_run_gives_what_it_has(tmp_path: Path, status: str) -> None:
     write_run(tmp_path, "done", ce=3.4)
@@ -167,7 +201,8 @@ def test_an_unfinished_run_gives_what_it_has(tmp_path: Path, status: str) -> Non
     found = comparison(tmp_path, "done", "part")
     assert found.runs[1].figures == {} and len(found.runs[1].points) == len(found.runs[0].points) * 50 // STEPS
     assert any("Not finished: part" in text for text in found.cautions)
-    assert f"part ({status})" in as_text(found, 80) and finding(found).startswith("1 of 2 runs")
+    shown = "killed" if status == "running" else status  # nobody holds its lock
+    assert f"part ({shown})" in as_text(found, 80) and finding(found).startswith("1 of 2 runs")
 
 
 def test_points_of_an_earlier_job_are_left_out(tmp_path: Path) -> None:

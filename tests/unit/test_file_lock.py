@@ -8,13 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import EnvironmentFault, LockedError
-from orchestrator.store.lock import exclusive
+from orchestrator.store.lock import exclusive, held
 
 HOLDER = """
 import sys, time
@@ -47,6 +48,29 @@ def test_a_second_process_is_told_who_holds_the_lock(tmp_path: Path, holder: sub
     assert holder.poll() is None
     with exclusive(tmp_path / "another" / "lock"):
         pass
+
+
+def test_to_look_keeps_nobody_from_the_lock(tmp_path: Path) -> None:
+    """`distill runs`, again and again, while a run starts."""
+    lock, stop = tmp_path / "run" / "lock", threading.Event()
+    seen: set[bool] = set()
+
+    def look() -> None:
+        while not stop.is_set():
+            seen.add(held(lock))
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for looker in lookers:
+        looker.start()
+    try:
+        for _ in range(50):
+            with exclusive(lock):
+                assert held(lock)
+    finally:
+        stop.set()
+        for looker in lookers:
+            looker.join()
+    assert seen == {True, False} and not held(lock)
 
 
 def test_a_killed_holder_frees_the_lock(tmp_path: Path, holder: subprocess.Popen[str]) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def test_points_are_the_product_and_read_back_to_their_values() -> None:
         (["objective.alpha=0,0"], "given twice"),
         (["objective.alpha=1,1.0"], "one and the same run"),
         (["train.workers=1,2"], "one and the same run"),
+        (["seed=0,1", "export.directory=/a/b"], "export.directory: several points would export to /a/b.*=null"),
         (["objective.alpha=0,2"], "objective.alpha: must be at most 1"),
         (["objective.alfa=0,1"], "unknown key, did you mean alpha"),
         (["train.global_batch=8,7", "train.steps=5"], "train"),
@@ -111,6 +113,35 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> dict[float, Exception]:
     monkeypatch.setattr("orchestrator.pipeline.run", run)
     monkeypatch.setattr("orchestrator.runtime.session.ray_session", lambda *_: contextlib.nullcontext())
     return errors
+
+
+def test_a_point_after_a_failed_one_has_a_fresh_ray(
+    job: Path, stubbed: dict[float, Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a failed run still trains would have the cores that the next one waits for."""
+    story: list[str] = []
+
+    @contextlib.contextmanager
+    def session(*_: Any) -> Iterator[None]:
+        if story.count("up") > story.count("down"):
+            yield
+            return
+        story.append("up")
+        yield
+        story.append("down")
+
+    def run(plan: Plan) -> dict[str, Any]:
+        story.append(f"{plan.job.objective.alpha:g}")
+        return own(plan)
+
+    from orchestrator import pipeline
+
+    own = pipeline.run
+    monkeypatch.setattr("orchestrator.pipeline.run", run)
+    monkeypatch.setattr("orchestrator.runtime.session.ray_session", session)
+    stubbed[0.5] = ResumableError("worker lost")
+    run_points(points(job, {"objective.alpha": [0, 0.25, 0.5, 0.75, 1]}))
+    assert story == ["up", "0", "0.25", "0.5", "down", "up", "0.75", "1", "down"]
 
 
 def test_a_point_that_fails_does_not_keep_the_others_from_running(
