@@ -165,7 +165,8 @@ class Display:
             row.take(step if stage == "labels" else step + 1, metrics)
         if self._live is None and time.time() - self._said > PLAIN_EVERY_S:
             self._said = time.time()
-            self.say(" | ".join(f"{name} {row.detail()}" for name, row in self._rows.items() if row.status == "running"))
+            going = {name: row.detail() for name, row in self._rows.items() if row.status == "running"}
+            self.say(" | ".join(f"{name} {detail}" for name, detail in going.items() if detail))
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 2))

@@ -37,7 +37,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-c", metavar="a.b=c", help="Override a value of the job file.", autocompletion=job_keys),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print data for machines on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_talk, help="Only warnings, errors and the result.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", callback=_talk_more, help="Say what is done in detail; errors with their traceback.")

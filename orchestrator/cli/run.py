@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,6 +46,9 @@ def run(
         from orchestrator.report.build import verdict
 
         print(verdict(report))
+        if not quiet:
+            folder = report["job_file"].rpartition("/")[0]
+            print(f"to read the report: distill report {shlex.quote(folder)} --open", file=sys.stderr)
 
 
 @run_app.command()
@@ -94,13 +99,13 @@ def plan(
 def _show_plan(plan: Plan, as_json: bool) -> None:
     """Print `plan` and what a run of it would meet here; raises the error that a run would end with at once."""
     from orchestrator.checks.check import check, explain_checked
-    from orchestrator.plan.explain import as_dict, explain
+    from orchestrator.plan.explain import as_dict, explain, explain_deepspeed
 
     checked = check(plan)
     if as_json:
         print(json.dumps(as_dict(plan) | {"findings": [finding.as_dict() for finding in checked.findings]}, indent=1))
     else:
-        print("\n".join([explain(plan), "", *explain_checked(plan, checked)]))
+        print("\n".join([explain(plan), "", *explain_checked(plan, checked), "", explain_deepspeed(plan)]))
     if plan.job.cluster.address == "local":
         checked.refuse()
     elif not as_json:

@@ -61,9 +61,9 @@ def _print_table(found: list[RunSummary]) -> None:
             run.run,
             run.status,
             "" if run.started_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started_s)),
-            "" if run.seconds is None else f"{run.seconds // 60:.0f}:{run.seconds % 60:02.0f}",
+            "" if run.seconds is None else "{}:{:02}".format(*divmod(round(run.seconds), 60)),
             "" if run.student_heldout_ce_nats is None else f"{run.student_heldout_ce_nats:.4f}",
-            "" if run.gap_recovered is None else f"{run.gap_recovered:.3f}",
+            "" if run.gap_recovered is None else f"{run.gap_recovered:.0%}",
             _brief(", ".join(f"{key}={value}" for key, value in run.differs.items())),
         )
         for run in found

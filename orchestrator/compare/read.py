@@ -16,6 +16,7 @@ from orchestrator.spec.base import flat, result_fields
 from orchestrator.spec.job import Job
 from orchestrator.spec.reader import Reader
 from orchestrator.store.files import Store
+from orchestrator.tracking.figures import recovered
 from orchestrator.tracking.names import stage_id
 
 Flat = dict[str, Any]
@@ -109,8 +110,9 @@ def _fields(job_yaml: str, where: str) -> tuple[Flat, Flat]:
 
 def _figures(report: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
+    told = {**report, "gap_recovered": recovered(report)}
     for figure in FIGURES:
-        value: Any = report
+        value: Any = told
         for key in figure.path:
             value = value.get(key) if isinstance(value, Mapping) else None
         if isinstance(value, int | float):

@@ -11,6 +11,7 @@ from orchestrator.export.release import Release, Source, hub_name, shown
 from orchestrator.models.tokenizer import SETTINGS
 from orchestrator.spec.data import DatasetSource
 from orchestrator.spec.objective import Objective, Schedule
+from orchestrator.tracking.figures import recovered
 
 FIGURES = {
     "params": ("parameters", ",.0f"),
@@ -34,7 +35,7 @@ def model_card(release: Release, sources: list[Source], folder: Path) -> str:
         datasets=[corpus.name] if isinstance(corpus, DatasetSource) and hub_name(corpus.name) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["distillation", job.labels.kind, job.student.kind],
+        tags=["distillation"],
     )
     parts = [
         f"---\n{front.to_yaml()}\n---",
@@ -90,8 +91,9 @@ def _figures(report: dict[str, Any]) -> str:
     text = "\n".join(lines)
     if report.get("baseline"):
         text += "\n\nThe baseline is the same model trained on the same rows without a teacher."
-    if report["gap_recovered"] is not None:
-        text += f" The student closes {report['gap_recovered']:.1%} of the gap between it and the teacher."
+    closed = recovered(report)
+    if closed is not None:
+        text += f" The student closes {closed:.1%} of the gap between baseline and teacher."
     return text
 
 

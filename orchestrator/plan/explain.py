@@ -35,8 +35,12 @@ def explain(plan: Plan) -> str:
     if plan.job.train.precision == "fp8" and plan.job.train.gpus_per_worker == 0:
         lines.append("  fp8       emulated, for no GPU is asked for: rounds as fp8 does and is slower than bf16")
     lines += ["", f"labels: {plan.job.labels.kind}, {_label_size(plan)}"]
-    lines += ["", "deepspeed", json.dumps(plan.student.deepspeed, indent=2)]
     return "\n".join(lines)
+
+
+def explain_deepspeed(plan: Plan) -> str:
+    """The student's DeepSpeed configuration, as it will be handed over."""
+    return f"deepspeed\n{json.dumps(plan.student.deepspeed, indent=2)}"
 
 
 def _label_size(plan: Plan) -> str:

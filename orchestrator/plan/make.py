@@ -156,7 +156,7 @@ def _training(model: Model | None, train: Train, seq_len: int, vocab: int | None
 
 def _stages(job: Job) -> tuple[Stage, ...]:
     teacher, train = job.teacher, job.train
-    stages = [Stage("data", f"{job.data.source.kind} text to windows of {job.data.seq_len} tokens", 1, 0)]
+    stages = [Stage("data", f"{job.data.source.kind} source to windows of {job.data.seq_len} tokens", 1, 0)]
     if isinstance(teacher, PretrainTeacher):
         stages.append(_training_stage("teacher", f"train from scratch, {shown_length(teacher.train)}", teacher.train))
     else:
@@ -166,7 +166,8 @@ def _stages(job: Job) -> tuple[Stage, ...]:
     least, most = teacher.replicas.min, teacher.replicas.max
     replica, each = labelled_by(teacher), replica_takes(teacher)
     spread = f" of {replica.shards} shards" if replica.shards > 1 else ""
-    pool = f"{job.labels.kind}, by {least} to {most} teacher actors{spread}"
+    actors = f"{least} teacher actor{'s' if least > 1 else ''}" if least == most else f"{least} to {most} teacher actors"
+    pool = f"{job.labels.kind}, by {actors}{spread}"
     stages.append(Stage("labels", pool, least * each["CPU"], least * each["GPU"]))
     stages.append(_training_stage("student", f"{shown_length(train)}, following the labels as they are written", train))
     if job.evaluate.baseline:

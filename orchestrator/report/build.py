@@ -15,6 +15,7 @@ from orchestrator.report.page import plotly_script, script_json, templates
 from orchestrator.report.text import shown
 from orchestrator.report.words import percent
 from orchestrator.store.local import LocalStore
+from orchestrator.tracking.figures import recovered
 
 _FIELDS = ("params", "active_params", "heldout_ce_nats", "heldout_ppl", "top1_accuracy", "tokens_per_s", "size_bytes")
 
@@ -96,12 +97,6 @@ def verdict(report: dict[str, Any]) -> str:
         )
     sure = "" if within == "not asked" else f" (95 % interval {words.interval(within, percent)})"
     return f"The student recovers {percent(gap)}{sure} of the gap between hard-label training and its teacher."
-
-
-def recovered(report: dict[str, Any]) -> float | None:
-    """Share of the gap that was recovered; None where there is none, because the baseline is as good as the teacher."""
-    baseline, teacher = _ce(report, "baseline"), _ce(report, "teacher")
-    return report.get("gap_recovered") if baseline is not None and teacher is not None and baseline > teacher else None
 
 
 def _context(report: dict[str, Any]) -> dict[str, Any]:

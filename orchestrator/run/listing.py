@@ -14,6 +14,7 @@ from orchestrator.run_lookup import INPUTS, SHOWN_HEX, status_of
 from orchestrator.spec.base import flat, result_fields
 from orchestrator.spec.job import Job
 from orchestrator.store.files import Store
+from orchestrator.tracking.figures import recovered
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def _summary(store: Store, directory: RunDirectory, differs: dict[str, Any]) -> 
         started_s=record.get("started_s"),
         seconds=record.get("seconds"),
         student_heldout_ce_nats=(report.get("student") or {}).get("heldout_ce_nats"),
-        gap_recovered=report.get("gap_recovered"),
+        gap_recovered=recovered(report),
         differs=differs,
     )
 

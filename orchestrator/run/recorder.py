@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.display import Display
-from orchestrator.errors import EnvironmentFault, find_user_error, one_line
+from orchestrator.errors import EnvironmentFault, Terminated, find_user_error, one_line
 from orchestrator.plan.explain import as_dict
 from orchestrator.plan.make import Plan
 from orchestrator.run.directory import RUN, claim_directory
@@ -219,11 +219,12 @@ def open_run(plan: Plan, display: Display) -> Iterator[Run]:
         run.store.replace(f"{key}/plan.json", json.dumps(shown, indent=1).encode(), private=True)
         run.spool = Spool(run.folder / METRICS)
         run.tracker, address = start_tracker(run, run.folder / OUTBOX)
-        where = f"run {run.store.address(key)}  mlflow {address}"
+        where = f"run {run.store.address(key)}  tracking: {address}"
         stack.enter_context(display.open(where, plan))
         stack.enter_context(_tracked_to_the_end(run))
         if plan.job.tracking.enabled:
             stack.enter_context(system_metrics(run.spool, PARENT, run.first_started))
+        display.say("starting Ray" if plan.job.cluster.address == "local" else f"joining Ray at {plan.job.cluster.address}")
         stack.enter_context(ray_session(plan.job.cluster, plan.cpu_slots))
         from orchestrator.monitoring.exporter import Exporter
         from orchestrator.runtime.board import start_board
@@ -252,7 +253,9 @@ def _attempt(run: Run) -> Iterator[None]:
     except BaseException as error:
         if run.status != "finished":  # a stop while MLflow takes the rest stops nothing else
             run.status = ended_by(error)
-        reason = str(find_user_error(error) or f"{type(error).__name__}: {error}".rstrip(": "))
+        stopped = "stopped by SIGTERM" if isinstance(error, Terminated) else "stopped by Ctrl-C"
+        unforeseen = stopped if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}".rstrip(": ")
+        reason = str(find_user_error(error) or unforeseen)
         run.note(one_line(f"attempt {run.attempt} ended: {reason}"))
         raise
     finally:

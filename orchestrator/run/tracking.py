@@ -17,6 +17,7 @@ from orchestrator.spec.job import Job
 from orchestrator.spec.model import CheckpointStudent, ConfigStudent, GgufTeacher, PretrainTeacher, TransformersTeacher
 from orchestrator.store.files import Store
 from orchestrator.store.local import LocalStore
+from orchestrator.tracking.figures import recovered
 from orchestrator.tracking.mlflow_tracker import Tracker, redact, run_url, sqlite_uri
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def final_figures(report: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of `report` by which runs are compared, as `student/heldout_ce_nats` or `gap_recovered`."""
     sections = {name: report.get(name) for name in _FIGURES}
     found = {f"{section}/{name}": value for section, part in sections.items() for name, value in (part or {}).items()}
-    found["gap_recovered"] = report.get("gap_recovered")
+    found["gap_recovered"] = recovered(report)
     return {name: value for name, value in found.items() if isinstance(value, int | float) and isfinite(value)}
 
 

@@ -77,6 +77,7 @@ def prepare_ray(local: bool) -> None:
     if local:
         # One process less to start; nobody announces the preemption of a laptop.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # its 30 s are too few for a laptop at work
     os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

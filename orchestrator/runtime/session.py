@@ -103,6 +103,13 @@ def _connect(ray: Any, cluster: Cluster, cpu_slots: int) -> None:
         raise EnvironmentFault(f"cluster.address: Ray at {cluster.address} answers 401: token absent or wrong") from error
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise EnvironmentFault(f"cluster.address: cannot reach Ray at {cluster.address}: {error}") from error
+    except Exception as error:  # Ray has no class of its own for a node that starts too slowly
+        if "timed out during startup" not in str(error):
+            raise
+        raise EnvironmentFault(
+            "Ray did not start in time: this machine is busy or short of memory; run the same job again when it is not, or set "
+            "RAY_raylet_start_wait_time_s=600"
+        ) from error
 
 
 def _init(ray: Any, cluster: Cluster, cpu_slots: int) -> None:

@@ -150,7 +150,8 @@ def test_runs_are_listed_with_what_differs_and_how_they_stand(store: Store) -> N
         key = claim_directory(store, made).key
         store.replace(f"{key}/plan.json", json.dumps({"job": made.model_dump(mode="json")}).encode())
         store.replace(f"{key}/{RUN}", json.dumps({"status": status, "started_s": 5.0, "seconds": 61.0}).encode())
-    figures = {"student": {"heldout_ce_nats": 5.5}, "gap_recovered": 0.25}
+    ces = {"teacher": 4.75, "student": 5.5, "baseline": 5.75}
+    figures = {name: {"heldout_ce_nats": ce} for name, ce in ces.items()} | {"gap_recovered": 0.25}
     store.replace("runs/a/report.json", json.dumps(figures).encode())
     claim_directory(store, job("c"))  # and nothing more
     with store.exclusive("runs/b/lock"):

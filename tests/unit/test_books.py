@@ -74,7 +74,7 @@ def test_a_killed_attempt_is_a_fault_of_the_next(made: Any) -> None:
 
 def test_an_interrupt_and_a_bug_are_named(made: Any) -> None:
     for error, text in (
-        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (KeyboardInterrupt(), "stopped by Ctrl-C"),
         (ValueError("one\ntwo " + "x" * 500), "ValueError: one two"),
     ):
         run = made()

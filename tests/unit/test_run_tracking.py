@@ -33,21 +33,24 @@ def test_every_job_is_said_in_one_sentence(file: Path) -> None:
 
 def test_figures_are_numbers() -> None:
     report: dict[str, Any] = {
-        "teacher": {"heldout_ce_nats": 5.0},
+        "teacher": {"heldout_ce_nats": 4.75},
         "student": {"heldout_ce_nats": 5.5, "kl_to_teacher_nats": math.inf, "top1_agreement": 0.5},
-        "baseline": None,
+        "baseline": {"heldout_ce_nats": 5.75},
         "labels": {"kind": "sampled", "bytes_per_token": 31.5},
         "throughput": {"wall_s": 60.0, "teacher_tokens_per_s": None},
         "gap_recovered": 0.25,
     }
     assert final_figures(report) == {
-        "teacher/heldout_ce_nats": 5.0,
+        "teacher/heldout_ce_nats": 4.75,
+        "baseline/heldout_ce_nats": 5.75,
         "student/heldout_ce_nats": 5.5,
         "student/top1_agreement": 0.5,
         "labels/bytes_per_token": 31.5,
         "throughput/wall_s": 60.0,
         "gap_recovered": 0.25,
     }
+    worse = final_figures(report | {"baseline": {"heldout_ce_nats": 4.5}})
+    assert "gap_recovered" not in worse, "there is no gap where the baseline is as good as the teacher"
 
 
 @pytest.mark.parametrize(
