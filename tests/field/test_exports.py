@@ -120,6 +120,7 @@ def test_nothing_else_lies_in_it_and_all_may_read_it(exports: dict[str, Path], n
         "tokenizer.json",
         "tokenizer_config.json",
         "README.md",
+        "distill.json",
     }
     expected |= set() if name == "own-tokenizer" else {"chat_template.jinja"}
     assert files.keys() == expected | ({"mtp/mtp.json", "mtp/weights.safetensors"} if name == "mtp" else set())
