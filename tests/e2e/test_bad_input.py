@@ -176,7 +176,7 @@ def wrong(good: Json, teacher: Path, folder: Path) -> dict[str, Case]:
     unkept = {"labels": keeping({"layer": 1, "part": "values"}), "objective": matched}
     config = {"type": "llama", "config": tiny_model(1)["config"] | {"vocab_size": 600}}
     huge = good["teacher"] | {"cpus_per_shard": 64}
-    spread = good["teacher"] | {"shards": 64}
+    spread = good["teacher"] | {"shards": 2}
     uneven = good["teacher"] | {"shards": 3, "cpus_per_shard": 0.25}
     return {
         "missing": Case(DATA, ("data.source", "nowhere.txt"), text(folder / "nowhere.txt")),
@@ -185,7 +185,7 @@ def wrong(good: Json, teacher: Path, folder: Path) -> dict[str, Case]:
         "no-tokenizer": Case(SPEC, ("teacher.path", "tokenizer.json"), {"teacher": good["teacher"] | {"path": str(bare)}}),
         "vocabulary": Case(SPEC, ("vocab_size", "600", "300"), {"student": {"kind": "config", "model": config}}),
         "resources": Case(ENVIRONMENT, ("65 CPU", "has 2"), {"teacher": huge}),
-        "shards": Case(ENVIRONMENT, ("teacher.shards 64", "65 CPU", "has 2"), {"teacher": spread}),
+        "shards": Case(ENVIRONMENT, ("teacher.shards 2", "3 CPU", "has 2"), {"teacher": spread}),
         "heads": Case(SPEC, ("teacher.shards", "3", "2 attention heads"), {"teacher": uneven}),
         "nan": Case(DATA, ("shard", "finite"), {"teacher": good["teacher"] | {"path": str(nan)}}),
         "k": Case(SPEC, ("labels.k", "400", "300"), {"labels": {"kind": "topk", "k": 400}}),
