@@ -34,7 +34,9 @@ def test_a_broken_teacher_is_measured(tmp_path: Path) -> None:
     }
     ids = torch.randint(1, 299, (4, 33), generator=torch.Generator().manual_seed(0))
     ids[:, 5] = 300  # the token whose row is huge
-    heldout: Any = SimpleNamespace(windows=lambda: (ids, torch.ones_like(ids[:, 1:], dtype=torch.bool)))
+    heldout: Any = SimpleNamespace(
+        windows=lambda: (ids, torch.ones_like(ids[:, 1:], dtype=torch.bool), [bytes([i]) for i in range(len(ids))])
+    )
     subjects = {name: Subject(str(folder), "fp32") for name, folder in (("teacher", teacher), ("student", student))}
     measured = _measured(heldout, subjects, 4, models, {name: _answers(model) for name, model in models.items()})
     assert measured.figures["teacher"]["heldout_ppl"] == math.inf

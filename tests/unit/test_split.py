@@ -30,7 +30,7 @@ FACTS = TokenizerFacts(sha256="", vocab_size=300, bos=None, separator=1)
 def test_windows_are_those_that_are_cut(documents: list[tuple[int, int, int]], fraction: float, seq_len: int) -> None:
     sides = {(held, piece): _Windows(seq_len, FACTS) for held in (True, False) for piece in range(3)}
     for piece, draw, tokens in documents:
-        sides[draw < fraction * 2**64, piece].add(f"a:{draw}", [2] * tokens, 0)
+        sides[draw < fraction * 2**64, piece].add(f"{draw:064x}:a", [2] * tokens, 0)
     found = split([Sized(*document) for document in documents], fraction, seq_len)
     cut = {held: sum(len(sides[held, piece].rows) for piece in range(3)) for held in (True, False)}
     assert (found.heldout, found.train) == (cut[True], cut[False])
