@@ -44,7 +44,7 @@ def sweep(job: str | Path, grid: Mapping[str, Sequence[Any]], overrides: Sequenc
 
 
 def compare(runs: Sequence[str], storage: str | None = None, page: str | Path | None = None) -> dict[str, Any]:
-    """What `distill compare --json` prints of `runs`: run directories, or names of runs in `storage`.
+    """Compare `runs` (run directories, or names of runs in `storage`) and return the data that `distill compare --json` prints.
 
     Writes the page to `page`, if that is given. Raises `SpecError` for a run that is not there.
     """

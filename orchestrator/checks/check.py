@@ -20,7 +20,7 @@ from orchestrator.spec.job import Job
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found of a job."""
+    """The findings about a job, and the sample of its corpus that was read for them."""
 
     findings: tuple[Finding, ...]
     sample: Sample | None
@@ -56,7 +56,7 @@ def _corpus(plan: Plan) -> tuple[Sample | None, list[Finding]]:
 
 
 def check_models(job: Job) -> Iterator[Finding]:
-    """What holds wherever the job runs."""
+    """Yield the findings that do not depend on the machine that the job runs on."""
     for look in MODEL_CHECKS:
         yield from gathered(partial(look, job))
 

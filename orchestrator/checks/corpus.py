@@ -18,14 +18,14 @@ from orchestrator.spec.model import TransformersTeacher
 COUNTED_BYTES = 512 << 10
 """Smaller corpora are tokenized here and now, which takes less than a second."""
 MOST_BYTES_PER_TOKEN = 8.0
-"""What is proposed must work for every tokenizer."""
+"""The proposed value must be valid for every tokenizer."""
 MANY_PASSES = 4
 """Beyond, repeated text teaches little (Muennighoff et al. 2023, Scaling Data-Constrained Language Models)."""
 FEW_WINDOWS = 8
 
 
 def sample_findings(plan: Plan, sample: Sample) -> Iterator[Finding]:
-    """Whether the corpus is enough; raises `DataError` for one that is not."""
+    """Raise `DataError` if the corpus is too small for one training and one held-out window."""
     job = plan.job
     if sample.whole:
         yield from _heldout(job, sample)

@@ -1,4 +1,4 @@
-"""What a look at a job brought out before it costs time."""
+"""A finding is a fault or a risk of a job that is known before the job runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def gathered(check: Check) -> Iterator[Finding]:
-    """What `check` finds; an error of the user's that it raises is a finding too."""
+    """Yield the findings of `check`; a user error that it raises becomes a finding too."""
     try:
         yield from check()
     except DistillError as error:

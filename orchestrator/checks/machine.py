@@ -1,4 +1,4 @@
-"""What a job asks of the machine that it will run on."""
+"""Checks of the cores, GPUs, memory and disk that a job needs against those of this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHECKPOINT_BYTES = 2 * 16
 
 
 def machine_findings(plan: Plan, machine: Machine) -> Iterator[Finding]:
-    """Whether a local Ray on `machine` can hold what `plan` runs."""
+    """Yield findings if a local Ray on `machine` cannot hold the workers of `plan`."""
     yield from _gpus(plan.job, machine)
     yield from _cores(plan, machine)
     yield from _memory(plan, machine)
@@ -36,7 +36,7 @@ def machine_findings(plan: Plan, machine: Machine) -> Iterator[Finding]:
 
 
 def _askers(job: Job) -> dict[str, Resources]:
-    """What each part of a run takes, by the key of the job file that says so."""
+    """Return the resources that each part of a run takes, by the key of the job file that sets them."""
     found = {"teacher.replicas": {k: job.teacher.replicas.min * v for k, v in replica_takes(job.teacher).items()}}
     if isinstance(job.teacher, PretrainTeacher):
         found["teacher.train"] = training_takes(job.teacher.train)

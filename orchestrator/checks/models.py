@@ -144,4 +144,4 @@ def gpu_shares(job: Job) -> Iterator[Finding]:
 
 
 MODEL_CHECKS = (checkpoints, vocabularies, position_tables, trained_range, kept_layers, gpu_shares)
-"""What the job file and local folders say, on whatever machine the job is to run."""
+"""Checks of the models of a job, made from the job file and from local folders alone."""
