@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 .PHONY: quickstart gemma test check lint faults e2e docs wheel-check dashboards dashboards-check seeds students bench \
 	bench-head bench-trl bench-pipelines bench-planner bench-prune bench-log bench-replicas bench-loading bench-gemma-pipeline \
-	bench-shards draws learn choose clean
+	bench-shards bench-precision draws learn choose clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -96,6 +96,9 @@ bench-gemma-pipeline: $(READY)
 
 bench-shards: $(READY)
 	$(BIN)/python tests/bench/shards.py
+
+bench-precision: $(READY)
+	$(BIN)/python tests/bench/precision.py
 
 draws: $(READY)
 	$(BIN)/python tests/bench/draws.py
