@@ -39,7 +39,7 @@ class Demand:
     shards: list[int]
     """In the order in which training wants them."""
     heldout: HeldoutLog | None
-    """Of the rows that training is evaluated on."""
+    """The label log of the held-out rows that training is evaluated on."""
 
 
 @dataclass(frozen=True)

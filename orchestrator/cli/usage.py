@@ -22,7 +22,7 @@ EXAMPLES = {
     "LOG": ("STORAGE/labels/KEY", "report.json of a run has the KEY"),
     "DIR": ("monitoring", "it is made if it is not there"),
 }
-"""Of each argument: a value to show, and where one comes from."""
+"""An example value of each argument, and the place that such a value comes from."""
 MEANINGS = {"float": "a number", "int": "a whole number"}
 
 
@@ -53,7 +53,7 @@ def group(name: str | None = None, help: str | None = None, **options: Any) -> t
 
 @dataclass(frozen=True)
 class Place:
-    """Where on the command line something went wrong."""
+    """The place on the command line at which something went wrong."""
 
     verb: str
     """Without the name of the program; empty for the program itself."""
@@ -70,7 +70,7 @@ class Place:
 
 
 def explain(error: typer.TyperException, app: typer.Typer, args: Sequence[str]) -> str:
-    """What is wrong with the command line `args`, in one line."""
+    """Return one line that says what is wrong with the command line `args`."""
     ctx = getattr(error, "ctx", None)
     path = ctx.command_path.partition(" ")[2] if ctx else ""
     place = Place(path, ctx.command) if ctx else find_place(typer.main.get_command(app), args)

@@ -16,7 +16,7 @@ from orchestrator.spec.data import Data, DatasetSource, ParquetSource, Source, T
 SAMPLE_BYTES = 16 << 20
 """Text that is read; the whole corpus where it is smaller."""
 BYTES_PER_TOKEN = 4.0
-"""Of English and of code, by and large."""
+"""Bytes per token are about this for English and for code."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def _data(release: Release) -> str:
 
 
 def _training(release: Release, sources: list[Source]) -> str:
-    """How the student was made, as a list."""
+    """Return a list of the facts about how the student was made."""
     job, tokens, train = release.job, release.tokens.manifest, release.job.train
     steps = int(release.student.manifest.training["steps"])
     rows = steps * train.global_batch

@@ -1,4 +1,4 @@
-"""What an export is made of, and what is known of the models that its student was made from."""
+"""The parts of an export, and the facts about the models that its student was made from."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Windows:
-    """How a corpus is cut."""
+    """The sizes with which a corpus is cut into windows."""
 
     seq_len: int
     heldout_fraction: float
@@ -58,7 +58,7 @@ class Windows:
 
 
 QUICKSTART, QUICKSTART_VOCABULARY = Windows(seq_len=256, heldout_fraction=0.05, train=PLENTY, heldout=128), 4096
-"""Of the standard library, which is the same everywhere."""
+"""The windows of the standard library, which every machine has."""
 
 
 def this_machine() -> Machine:

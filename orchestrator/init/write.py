@@ -39,7 +39,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embedding
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user has."""
+    """The data, teacher and machine that the user has."""
 
     text: Found
     teacher: TeacherFolder | None

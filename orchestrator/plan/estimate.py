@@ -77,7 +77,7 @@ class Split:
     global_rows: int
     """In one optimizer step."""
     device_hours: float
-    """Of the devices that are used."""
+    """Hours of the devices that are used; idle ones do not count."""
     cost: float | None
     """In the currency of the price; None without one."""
 

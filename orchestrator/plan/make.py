@@ -64,7 +64,7 @@ class Plan:
     teacher: Training | None
     """None for one that exists already."""
     teacher_params: int | None
-    """Of either kind; None if they are not known before the run."""
+    """The parameters of a teacher of either kind; None if they are not known before the run."""
     label_rows: int | None
     """Rows the student reads, repeats included; each distinct one is labelled once. None: known once there are token shards."""
     label_bytes_at_most: int | None

@@ -30,7 +30,7 @@ class RunSummary:
     started_s: float | None
     """Unix time at which its first attempt began."""
     seconds: float | None
-    """Of all its attempts together."""
+    """The seconds of all attempts of the run together."""
     student_heldout_ce_nats: float | None
     gap_recovered: float | None
     differs: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What run.json says of a run's stages and of its faults."""
+"""Records of a run's stages and faults, as run.json holds them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RunStatus = Literal["running", "stopped", "failed", "finished"]
 
 @dataclass
 class StageRecord:
-    """What run.json says of a stage."""
+    """The record of a stage in run.json."""
 
     stage: str
     key: str
@@ -20,7 +20,7 @@ class StageRecord:
     seconds: float = 0.0
     status: Literal["running", "ran", "reused", "stopped", "failed"] = "running"
     figures: dict[str, float] = field(default_factory=dict)
-    """What the stage measured, for tracking."""
+    """Figures that the stage measured, for tracking."""
 
     def reuse(self) -> None:
         """Say that the result was there already."""

@@ -58,9 +58,9 @@ class Run:
         self.still_ours: StillOurs
         self.started = time.time()
         self.first_started = self.started
-        """When the first attempt began."""
+        """The Unix time at which the first attempt began."""
         self.seconds_before = 0.0
-        """Of earlier attempts."""
+        """The seconds that earlier attempts took."""
         self.stages: dict[str, StageRecord] = {}
         self._going: dict[str, StageRecord] = {}
         """Stages that have not ended."""
@@ -167,7 +167,7 @@ class Run:
         self.exporter.refresh()
 
     def progress(self) -> dict[str, float]:
-        """How far the workers say they are."""
+        """Return the progress that the workers have reported."""
         import ray
 
         return ray.get(self.board.progress.remote(), timeout=ANSWER_S)

@@ -133,7 +133,7 @@ def job_server_url(address: str | None) -> str:
 
 
 def user_name() -> str | None:
-    """Who runs this process; None in a container that does not know its user."""
+    """Return the user who runs this process; None in a container that does not know its user."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

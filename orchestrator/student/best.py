@@ -39,11 +39,11 @@ class Selection:
 
     @property
     def exhausted(self) -> bool:
-        """Whether training is to stop."""
+        """True once training is to stop."""
         return self._job.train.patience is not None and self._since >= self._job.train.patience
 
     def state(self) -> list[float]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         return [self._best_nats, self._best_step, self._since, self._at_checkpoint]
 
     def restore(self, state: list[float]) -> None:
