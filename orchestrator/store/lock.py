@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import socket
 import time
 from collections.abc import Generator
@@ -13,8 +14,8 @@ from pathlib import Path
 from orchestrator.errors import LockedError
 from orchestrator.store.files import StillOurs, storage_faults
 
-LOOK_S = 0.1
-"""Far longer than `held` keeps a lock to itself."""
+LOOK_S = 0.02
+"""Longest wait between two tries while other processes only look at the lock."""
 
 
 @contextmanager
@@ -24,10 +25,12 @@ def exclusive(path: Path) -> Generator[StillOurs]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        if not _locked(descriptor, fcntl.LOCK_EX):
-            time.sleep(LOOK_S)  # somebody may only have looked
-            if not _locked(descriptor, fcntl.LOCK_EX):
+        while not _locked(descriptor, fcntl.LOCK_EX):
+            # A shared lock is granted beside processes that only look (`held`), and refused beside a holder.
+            if not _locked(descriptor, fcntl.LOCK_SH):
                 raise LockedError(f"{path.parent} is locked by {_holder(descriptor)}")
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            time.sleep(random.uniform(0, LOOK_S))
         with storage_faults(path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, holder_now().encode(), 0)

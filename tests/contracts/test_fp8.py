@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +138,13 @@ def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     return {name: float((found[name] - expected[name]).norm() / expected[name].norm()) for name in found}
 
 
+def typical_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Median over the elements of the difference, over the root mean square of the expected elements."""
+    return {
+        name: float((found[name] - expected[name]).abs().median() / expected[name].square().mean().sqrt()) for name in found
+    }
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize(("recipe", "emulate"), [("rowwise", True), ("tensorwise", True), ("tensorwise", False)])
 def test_output_and_gradients_are_those_of_the_formats(seed: int, recipe: Recipe, emulate: bool, kind: str) -> None:
@@ -150,10 +156,10 @@ def test_output_and_gradients_are_those_of_the_formats(seed: int, recipe: Recipe
         found = {"y": passage.y, "grad_x": passage.grad_x, "grad_weight": layer.weight.grad}
         found |= {} if layer.bias is None else {"grad_bias": layer.bias.grad}
         off, from_exact, from_other = (errors(found, products(passage, layer, r)) for r in (recipe, None, other))
-        # A scale is rounded to fp32, by which a value beside a tie may go the other way: one of the thousands that an error is
-        # the norm of.
+        # A scale is rounded to fp32, by which a value beside a tie may go the other way. Its row or column of a product then
+        # differs; the other elements do not.
         assert max(off.values()) < 5e-3, name
-        assert statistics.median(off.values()) < 1e-6, name
+        assert max(typical_errors(found, products(passage, layer, recipe)).values()) < 1e-6, name
         for control in (from_exact, from_other):
             assert min(control[part] for part in ("y", "grad_x", "grad_weight")) > 0.01, name
 
