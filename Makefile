@@ -57,7 +57,7 @@ faults: $(READY)
 	$(BIN)/python -m pytest tests/faults --trials 20 -s
 
 seeds: $(READY)
-	$(BIN)/distill sweep jobs/quickstart.yaml --grid seed=0,1,2 --json > tests/bench/results/seeds.json
+	$(BIN)/distill sweep jobs/quickstart.yaml --grid seed=0,1,2,3,4 --json > tests/bench/results/seeds.json
 
 students: $(READY)
 	$(BIN)/python tests/bench/students.py
