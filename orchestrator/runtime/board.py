@@ -25,8 +25,10 @@ class Board:
     def __init__(self) -> None:
         self._points: list[Point] = []
         self._warnings: list[str] = []
+        self._lines: list[str] = []
         self._progress: dict[str, float] = {}
         self._aborted: str | None = None
+        self._saves = 0
 
     def post(self, stage: str, points: list[tuple[int, dict[str, float]]]) -> None:
         """Put up metrics of `stage`: (step, value by name), oldest first."""
@@ -42,6 +44,15 @@ class Board:
         """Put up something that went wrong and was got over."""
         self._warnings.append(text)
 
+    def say(self, text: str) -> None:
+        """Put up a line for the user."""
+        self._lines.append(text)
+
+    def take_lines(self) -> list[str]:
+        """Remove and return all lines for the user, oldest first."""
+        lines, self._lines = self._lines, []
+        return lines
+
     def take_warnings(self) -> list[str]:
         """Remove and return all warnings, oldest first."""
         warnings, self._warnings = self._warnings, []
@@ -54,11 +65,20 @@ class Board:
         return self._progress
 
     def abort(self, reason: str) -> None:
-        """Tell every process that waits for another that it waits in vain."""
+        """Abort the run: waiting workers stop, and training workers save a checkpoint and stop."""
         self._aborted = self._aborted or reason
 
     def aborted(self) -> str | None:
+        """Return the reason for which the run was aborted, None while it goes on."""
         return self._aborted
+
+    def ask_for_checkpoint(self) -> None:
+        """Have training workers save a checkpoint at their next step, and go on."""
+        self._saves += 1
+
+    def wanted(self) -> tuple[str | None, int]:
+        """Return the reason of an abort, and how many checkpoints have been asked for."""
+        return self._aborted, self._saves
 
 
 def start_board() -> Any:
