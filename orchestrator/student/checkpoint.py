@@ -24,6 +24,7 @@ from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.store.files import Store
 from orchestrator.store.records import MANIFEST, FileRecord, Record, contents_beside_manifest
 from orchestrator.student.best import Selection
+from orchestrator.student.job import CHECKPOINT_PREFIX, checkpoint_steps
 from orchestrator.student.universal import check_elastic, drop_universal, load_universal, make_universal, universal_key
 
 KEPT = 2
@@ -125,12 +126,11 @@ def drop_checkpoints(store: Store, folder: str) -> None:
 
 
 def _steps(store: Store, folder: str) -> list[str]:
-    names = [name for name in store.keys(f"{folder}/checkpoints") if name.startswith("step-")]
-    return sorted(names, key=lambda name: int(name.removeprefix("step-")))
+    return [_name(step) for step in checkpoint_steps(store, folder)]
 
 
 def _name(step: int) -> str:
-    return f"step-{step:06d}"
+    return f"{CHECKPOINT_PREFIX}{step:06d}"
 
 
 def _newest_intact(store: Store, folder: str, warn: Callable[[str], object]) -> CheckpointManifest | None:

@@ -25,7 +25,7 @@ from orchestrator.models.share import plainly_named
 from orchestrator.models.upcycle import upcycle
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.spec.model import CheckpointStudent, PrunedStudent, UpcycledStudent
-from orchestrator.store.files import Store
+from orchestrator.store.files import StillOurs, Store
 from orchestrator.store.records import MODEL, ModelFolder, TokenManifest, describe_folder, finish_model, finished_model
 from orchestrator.store.shards import read_tokens
 from orchestrator.student.job import Initial
@@ -98,11 +98,12 @@ def finished_initial(origin: Origin) -> Initial | None:
     return None if done is None else Initial(folder=done.address, content=done.manifest.content)
 
 
-def make_initial(origin: Origin) -> Initial:
-    """Make the first weights; raises `SpecError` for an architecture or sizes that do not allow it."""
-    with origin.store.exclusive(f"{origin.stage}/lock"):
-        ray.get(_make_task.remote(origin))
-        done = finish_model(origin.store, origin.stage, origin.vocab_size, {})
+def make_initial(origin: Origin, still_ours: StillOurs) -> Initial:
+    """Make the first weights, under the lock of their stage; raises `SpecError` for an architecture or sizes that do not
+    allow it, and `LockedError` if the lock was lost meanwhile."""
+    ray.get(_make_task.remote(origin))
+    still_ours()
+    done = finish_model(origin.store, origin.stage, origin.vocab_size, {})
     return Initial(folder=done.address, content=done.manifest.content)
 
 

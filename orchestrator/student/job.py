@@ -11,9 +11,11 @@ from orchestrator.spec.labels import Labels
 from orchestrator.spec.model import Model
 from orchestrator.spec.objective import Objective
 from orchestrator.spec.train import Train
+from orchestrator.store.files import Store
 from orchestrator.store.heldout import HeldoutLog
 from orchestrator.store.records import Record, TokenManifest
 
+CHECKPOINT_PREFIX = "step-"
 TRAINING_VERSION = 4
 """Raised when the code makes other weights of the same job."""
 
@@ -112,3 +114,9 @@ class TrainingJob:
     def demanded_shards(self) -> list[int]:
         """Token shards that training will touch, in the order of first use."""
         return self.order.shards_until(self.steps)
+
+
+def checkpoint_steps(store: Store, folder: str) -> list[int]:
+    """Steps of the published checkpoints of the training in stage `folder`, intact or not, ascending."""
+    names = [name for name in store.keys(f"{folder}/checkpoints") if name.startswith(CHECKPOINT_PREFIX)]
+    return sorted(int(name.removeprefix(CHECKPOINT_PREFIX)) for name in names)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orchestrator.errors import ResumableError
 from orchestrator.plan.length import progress_figures
 from orchestrator.plan.schedule import learning_rate
 from orchestrator.runtime.board import FIRST_STEP
 from orchestrator.student.feed import Feed
 from orchestrator.student.job import TrainingJob
+from orchestrator.student.step import StepResult
 from orchestrator.tracking import names
 
 POST_EVERY_S = 1.0
@@ -28,7 +28,7 @@ class Meter:
 
     def __init__(self, job: TrainingJob, board: Any, feed: Feed) -> None:
         self._job, self._board, self._feed = job, board, feed
-        self._pending: list[tuple[int, torch.Tensor, float, torch.Tensor | None, dict[str, float]]] = []
+        self._pending: list[tuple[int, StepResult, float, torch.Tensor | None, dict[str, float]]] = []
         self._steps = self._done = 0
         self._last_loss = math.nan
         self._first_step_s = 0.0
@@ -48,11 +48,11 @@ class Meter:
         self._aside_s += time.perf_counter() - started
 
     def add(
-        self, step: int, terms: torch.Tensor, grad_norm: Any, routing: torch.Tensor | None, heldout: dict[str, float]
+        self, step: int, result: StepResult, grad_norm: Any, routing: torch.Tensor | None, heldout: dict[str, float]
     ) -> None:
-        """Take the figures of one step: means of `TERMS` [5], the gradient's norm or None, those of routers [3], and the
-        metrics of an evaluation after it."""
-        self._pending.append((step, terms, math.nan if grad_norm is None else float(grad_norm), routing, heldout))
+        """Take the figures of one step: its result, the gradient's norm or None, those of routers [3], and the metrics of an
+        evaluation after it."""
+        self._pending.append((step, result, math.nan if grad_norm is None else float(grad_norm), routing, heldout))
         self._steps, self._done = self._steps + 1, step + 1
         if self._steps == 1:
             self._first_step_s, self._first_wait_s = time.perf_counter() - self._started, self._feed.waited_s
@@ -63,10 +63,7 @@ class Meter:
             self.flush()
 
     def flush(self) -> None:
-        """Check and post what has been added; raises `ResumableError` for a loss that is not finite.
-
-        Called on every rank before a checkpoint is written, so that no checkpoint holds what such a loss did.
-        """
+        """Post what has been added."""
         if not self._pending:
             return
         now, tokens = time.perf_counter(), self._job.train.global_batch * self._job.manifest.seq_len * len(self._pending)
@@ -86,7 +83,7 @@ class Meter:
         self._flushed_aside_s = self._aside_s
 
     def saved(self) -> None:
-        """Say that all that was done so far would outlast this process."""
+        """Record that a checkpoint was saved."""
         self._post([(0, {names.LAST_CHECKPOINT_TIME_S: time.time()})])
 
     def summary(self) -> dict[str, float]:
@@ -107,12 +104,11 @@ class Meter:
         }
 
     def _point(
-        self, step: int, terms: torch.Tensor, grad_norm: float, routing: torch.Tensor | None, heldout: dict[str, float]
+        self, step: int, result: StepResult, grad_norm: float, routing: torch.Tensor | None, heldout: dict[str, float]
     ) -> tuple[int, dict[str, float]]:
-        loss, ce, kd, inner, ahead = terms.tolist()
-        if not math.isfinite(loss):
-            self._post([(step, {names.NONFINITE_LOSSES: 1.0})])
-            raise ResumableError(f"{self._job.stage}: the loss of step {step} is not finite; the last checkpoint is kept")
+        if not result.applied:
+            return step, heldout
+        loss, ce, kd, inner, ahead = result.means.tolist()
         self._last_loss = loss
         figures = {
             names.LOSS: loss,

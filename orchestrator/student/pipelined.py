@@ -22,6 +22,7 @@ from orchestrator.student.distiller import TERMS, head_loss, start_model
 from orchestrator.student.engine import join_group, start_engine
 from orchestrator.student.feed import MicroBatch
 from orchestrator.student.job import TrainingJob
+from orchestrator.student.step import StepResult
 
 CUT_AT = "type:block|final"
 """What DeepSpeed spreads evenly over the stages: blocks, and the norm with the head as one more of them."""
@@ -49,13 +50,14 @@ class Pipelined:
         self._data_ranks: int = self.engine.grid.data_parallel_size
         self.reads_labels: bool = self.engine.is_last_stage()
 
-    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
+    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> StepResult:
         self._loss.begin(mixture, micro_batches)
         self.engine.train_batch(iter([(micro.ids[:, :-1], None) for micro in micro_batches]))
-        terms = self._loss.terms or [torch.zeros(TERMS, device=self.engine.device)]
-        mean = torch.stack(terms).mean(0) / self._data_ranks
+        terms = torch.stack(self._loss.terms or [torch.zeros(TERMS, device=self.engine.device)])
+        mean = terms.mean(0) / self._data_ranks
         dist.all_reduce(mean)
-        return mean
+        losses = terms[:, 0] if self.reads_labels else terms[:0, 0]
+        return StepResult(mean, losses, self.engine.was_step_applied())
 
     def measure(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
         raise AssertionError("a job that asks a pipeline for evaluations is refused")

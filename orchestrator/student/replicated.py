@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from orchestrator.losses.objective import Mixture
 from orchestrator.models.share import Share
 from orchestrator.spec.train import Expert
+from orchestrator.student._compat import step_left_out
 from orchestrator.student.balance import Balance, Experts
 from orchestrator.student.distiller import Distiller, build_distiller
 from orchestrator.student.engine import join_group, start_engine
@@ -18,6 +20,7 @@ from orchestrator.student.experts import check_experts, experts_in_sight, whole_
 from orchestrator.student.feed import MicroBatch
 from orchestrator.student.job import TrainingJob
 from orchestrator.student.sharded import even_share, partition
+from orchestrator.student.step import StepResult
 
 
 class Replicated:
@@ -44,14 +47,24 @@ class Replicated:
             partition(distiller, job.train)
         return start_engine(distiller, job.train)
 
-    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
-        terms: list[torch.Tensor] = []
+    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> StepResult:
+        parts: list[torch.Tensor] = []
+        applied = True
         for micro in micro_batches:
-            terms.append(self._forward_backward(mixture, micro))
-            self.engine.step()
-        mean = torch.stack(terms).mean(0) / dist.get_world_size()
+            parts.append(self._forward_backward(mixture, micro))
+            applied = self._zero_stage > 0 or not self.engine.is_gradient_accumulation_boundary() or self._finite_gradient()
+            with nullcontext() if applied else step_left_out(self.engine.optimizer):
+                self.engine.step()
+        terms = torch.stack(parts)
+        mean = terms.mean(0) / dist.get_world_size()
         dist.all_reduce(mean)
-        return mean
+        return StepResult(mean, terms[:, 0], applied and self.engine.was_step_applied())
+
+    def _finite_gradient(self) -> bool:
+        """Whether the gradient of the whole batch is finite. The stages of ZeRO look themselves; without it, every rank has the
+        whole gradient, so all decide alike."""
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
     @torch.no_grad()
     def measure(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from orchestrator.student.feed import MicroBatch
 from orchestrator.student.job import TrainingJob
 from orchestrator.student.pipelined import Pipelined
 from orchestrator.student.replicated import ExpertParallel, Replicated
+from orchestrator.student.step import StepResult
 
 
 class Trainer(Protocol):
@@ -33,8 +34,8 @@ class Trainer(Protocol):
     reads_labels: bool
     """Whether this rank computes the loss."""
 
-    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
-        """One optimizer step: means of `TERMS` over the global batch, [5], on every rank."""
+    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> StepResult:
+        """One optimizer step, which is left out on every rank if its gradient is not finite."""
         ...
 
     def measure(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:

@@ -23,9 +23,12 @@ from orchestrator.store.records import MODEL, finish_model
 from orchestrator.student.best import Selection
 from orchestrator.student.checkpoint import drop_checkpoints, restore_checkpoint, save_checkpoint
 from orchestrator.student.feed import Feed, MicroBatch
+from orchestrator.student.gate import Gate
 from orchestrator.student.heldout import Evaluator
 from orchestrator.student.job import TrainingJob
 from orchestrator.student.meter import Meter, peak_memory_bytes
+from orchestrator.student.nonfinite import Skips
+from orchestrator.student.step import StepResult
 from orchestrator.student.trainer import Trainer, start_trainer
 from orchestrator.tracking.names import HELDOUT_CE_NATS
 
@@ -51,11 +54,26 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
     schedule = ObjectiveSchedule(job.objective, job.steps, engine.device)
     evaluator = Evaluator(trainer, store, job, aborted)
     selection = Selection(store, job) if job.selects else None
-    first = restore_checkpoint(engine, schedule, store, job.folder, board.warn.remote, selection)
+    done = saved = restore_checkpoint(engine, schedule, store, job.folder, board.warn.remote, selection)
+    if done and first_rank:
+        board.say.remote(f"{job.stage}: goes on from step {done} of {job.steps}")
+    skips = Skips(store, job, board, trainer.data_rank)
     meter = Meter(job, board, feed)
-    for step, micro_batches in feed.steps(first):
-        means = train_step(trainer, job, schedule, step, micro_batches)
-        routing = trainer.balance.after_step(engine.device) if trainer.balance else None
+
+    def save() -> int:
+        nonlocal saved
+        if done > saved:
+            meter.flush()
+            save_checkpoint(engine, schedule, store, job.folder, done, selection)
+            meter.saved()
+            saved = done
+        return done
+
+    for step, micro_batches in Gate(board).through(feed.steps(done), save):
+        result = train_step(trainer, job, schedule, step, micro_batches)
+        if not result.applied:
+            skips.take(step, result.means, result.losses)
+        routing = trainer.balance.after_step(engine.device, result.applied) if trainer.balance else None
         done, heldout = step + 1, dict[str, float]()
         if evaluator.due(done):
             with meter.aside(engine.device):
@@ -64,34 +82,36 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
                     selection.take(done, heldout[HELDOUT_CE_NATS], partial(write_model, trainer, store, job, tokenizer_folder))
                     if first_rank:
                         selection.prune()
-        meter.add(step, means, engine.get_global_grad_norm(), routing, heldout)
+        meter.add(step, result, engine.get_global_grad_norm(), routing, heldout)
         if selection and selection.exhausted:
             break
         if done % job.train.checkpoint_every == 0 and done < job.steps:
-            meter.flush()
-            save_checkpoint(engine, schedule, store, job.folder, done, selection)
-            meter.saved()
+            save()
     meter.flush()
     reached(len(job.demanded_shards()))  # a teacher that waits for a student that has stopped early labels the rest
-    training = meter.summary() | {"peak_memory_bytes": peak_memory_bytes(engine.device)}
+    training = meter.summary() | {"peak_memory_bytes": peak_memory_bytes(engine.device), "skipped_steps": skips.count}
     save_model(trainer, store, job, tokenizer_folder, training, selection)
 
 
 def train_step(
     trainer: Trainer, job: TrainingJob, schedule: ObjectiveSchedule, step: int, micro_batches: list[MicroBatch]
-) -> torch.Tensor:
-    """Optimizer step number `step`: means of `TERMS` over the global batch, [5]."""
+) -> StepResult:
+    """Do optimizer step number `step` over the global batch; a step that is not applied teaches the schedule nothing."""
     torch.manual_seed(step_seed(job.seed, trainer.data_rank, step))
     rate = learning_rate(job.train, step)
     for group in trainer.engine.optimizer.param_groups:
         group["lr"] = rate
-    means = trainer.step(schedule.at(step), micro_batches)
-    schedule.learn(step, means[2])
-    return means
+    result = trainer.step(schedule.at(step), micro_batches)
+    if result.applied:
+        schedule.learn(step, result.means[2])
+    return result
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:
-    """Of what a step draws, such as dropout: data-parallel ranks draw differently, a step that is done again the same."""
+    """The seed of everything that a step draws, such as dropout.
+
+    Data-parallel ranks draw differently, and a step that is done again draws the same.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()[:8])
 
 

@@ -119,7 +119,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 "state",
             ),
             Metric(RESTARTS, "restarts", "Restarts after a process of the stage died", "count"),
-            Metric(NONFINITE_LOSSES, "steps", "Steps whose loss was not finite, each of which ended its training", "count"),
+            Metric(NONFINITE_LOSSES, "steps", "Steps whose loss or gradient was not finite", "count"),
             Metric(SHARDS_COMMITTED, "shards", "Label shards committed so far"),
             Metric(LABEL_TOKENS_PER_S, "tokens/s", "Tokens labelled, all teachers together", "log"),
             Metric(BLOCKED_FRACTION, "1", "Part of the time in which the teachers waited for the student (run-ahead)", "log"),

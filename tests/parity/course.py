@@ -352,7 +352,7 @@ def run_steps(
     losses = []
     feed = Feed(bench.store, job, trainer.data_rank, lambda: None, labels=trainer.reads_labels)
     for step, micro_batches in feed.steps(first):
-        losses.append(train_step(trainer, job, schedule, step, micro_batches).tolist()[:4])
+        losses.append(train_step(trainer, job, schedule, step, micro_batches).means.tolist()[:4])
         if not after(step + 1):
             break
     return losses

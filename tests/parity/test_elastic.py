@@ -49,7 +49,7 @@ def train(bench: Bench, case: Case, trainer: Any, schedule: Any, first: int, aft
 
     job, losses = bench.job(case, dist.get_world_size()), []
     for step, micro_batches in Feed(bench.store, job, trainer.data_rank, lambda: None).steps(first):
-        losses.append(train_step(trainer, job, schedule, step, micro_batches).tolist())
+        losses.append(train_step(trainer, job, schedule, step, micro_batches).means.tolist())
         after(step + 1)
     return losses
 
