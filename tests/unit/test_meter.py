@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from orchestrator.student import meter as module
 from orchestrator.student.meter import Meter
+from orchestrator.student.step import StepResult
 from orchestrator.tracking import names
 from tests.unit.test_length import training
 
@@ -49,7 +50,7 @@ def test_time_of_an_evaluation_is_neither_training_nor_waiting(monkeypatch: pyte
             with meter.aside(torch.device("cpu")):
                 clock.now += 30.0
             heldout = {names.HELDOUT_CE_NATS: 3.0}
-        meter.add(step, torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]), None, None, heldout)
+        meter.add(step, StepResult(torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]), torch.ones(1), True), None, None, heldout)
     points = [metrics for _, metrics in board.points if names.LOSS in metrics]
     assert len(points) == 4
     for point in points:
