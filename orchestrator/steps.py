@@ -22,7 +22,7 @@ from orchestrator.plan.checkpoint import local_checkpoint
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.length import with_steps
 from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
-from orchestrator.plan.resources import replica_takes, training_takes
+from orchestrator.plan.resources import evaluation_takes, replica_takes, training_takes
 from orchestrator.run import Run
 from orchestrator.runtime.session import check_resources
 from orchestrator.spec.job import Job
@@ -48,6 +48,7 @@ def check_cluster(run: Run) -> None:
     check_resources({kind: spec.replicas.min * replica[kind] + student[kind] for kind in replica}, f"{who} and student")
     if isinstance(spec, PretrainTeacher):
         check_resources(training_takes(spec.train), "teacher.train")
+    check_resources(evaluation_takes(run.job), "evaluate")
     from orchestrator.runtime.nodes import check_nodes
 
     check_nodes(run.store, run.job.storage)

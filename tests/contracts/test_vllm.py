@@ -100,7 +100,7 @@ def local(folder: Path) -> TransformersBackend:
 @pytest.fixture
 def server(local: TransformersBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(vllm, "TRIES", Retry(total=3, backoff_factor=0.01, status_forcelist=(503,), allowed_methods=None))
-    with Server(local._model) as server:
+    with Server(local.model) as server:
         thread = Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield server

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.report.build import verdict, write_report
+from orchestrator.report.build import verdict
 from orchestrator.report.charts import charts
 from orchestrator.report.charts.figure import Curve, end_labels
 from orchestrator.report.facts import SPEEDS, hardware_rows
 from orchestrator.report.text import shown
 from orchestrator.report.words import nats, percent, seconds, short, size, visible
-from tests.reports import small_points, small_report, small_samples, whole_report
+from tests.reports import small_points, small_report, small_samples, whole_report, write_report
 
 EVIL = "</script><script>alert(1)</script>"
 DRAWN = ["ce", "loss", "heldout_ce", "heldout_kl", "learning_rate", "grad_norm", "kl", "agreement", "timeline"]
