@@ -112,7 +112,8 @@ def measure_model(
 ) -> Result:
     """Load and measure the model `name`, `micro_batch` windows at a time; compare it with the answers of `teacher`, if given.
 
-    Raises `IntegrityError` where these are missing or damaged, and `DataError` if the model's cross entropy is not finite.
+    Its speed is taken as the teacher's was, with as many rows in a pass and as many threads. Raises `IntegrityError` where the
+    answers are missing or damaged, and `DataError` if the model's cross entropy is not finite.
     """
     model = load_model(subject.folder, subject.dtype, on)
     head, sums, samples = output_head(model), Sums(), list[list[SampleToken]]()
@@ -132,7 +133,8 @@ def measure_model(
     windows, kept = _windows(heldout)
     figures = figures_of(name, sums, outline(subject.folder), subject.size_bytes)
     figures |= measured_drafts(model, subject.folder, windows, micro_batch)
-    figures["tokens_per_s"] = _speed(model, heldout, windows, micro_batch)
+    teachers = (heldout.kept(SPEED) if teacher else None) or {"rows": micro_batch, "threads": torch.get_num_threads()}
+    figures["tokens_per_s"] = _speed(model, windows[: teachers["rows"], :-1], teachers["threads"])
     # Last of all: what fails in it may leave no working device behind.
     texts, failure = None, ""
     try:
@@ -192,16 +194,15 @@ def _windows(heldout: Heldout) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(rows.ids).long(), torch.from_numpy(rows.counted())
 
 
-def _speed(model: PreTrainedModel, heldout: Heldout, windows: Tensor, micro_batch: int) -> float:
-    """Tokens per second of `model`, as the teacher's were taken: with as many rows in a pass, and as many threads."""
-    head, threads = output_head(model), torch.get_num_threads()
-    alike = heldout.kept(SPEED) or {"rows": micro_batch, "threads": threads}
+def _speed(model: PreTrainedModel, ids: Tensor, threads: int) -> float:
+    """Tokens per second of `model` on `ids` [rows, seq] with so many threads."""
+    head, own = output_head(model), torch.get_num_threads()
 
     def answers(ids: Tensor) -> Answer:
         return Answer(last_hidden(model, ids.to(model.device)), head, head.vocab_size)
 
-    torch.set_num_threads(alike["threads"])
+    torch.set_num_threads(threads)
     try:
-        return tokens_per_s(answers, windows[: alike["rows"], :-1])
+        return tokens_per_s(answers, ids)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(own)
