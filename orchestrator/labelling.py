@@ -195,7 +195,7 @@ def _answering(run: Run, tokens: Tokens, demand: Demand) -> Answering:
 
     job, log = run.job, demand.answers
     whole = job.teacher.shards == 1 and vllm_of(job.teacher) is None
-    continues = whole and log.open(run.store).kept(CONTINUATIONS) is None
+    continues = whole and CONTINUATIONS not in log.open(run.store).kept_names()
     speed_rows = min(job.evaluate.micro_batch, job.teacher.micro_batch)
     return Answering(log, _unanswered(run, tokens, demand), speed_rows, continues)
 

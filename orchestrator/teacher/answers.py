@@ -52,7 +52,7 @@ class AnswerWriter:
         self._asked = asked
         self._rows = measured_rows(store, data_folder, manifest, asked.log.rows, asked.log.watched)
         self._parts = asked.log.shards(manifest)
-        self._tokenizer = store.local(f"{data_folder}/tokenizer") if asked.continues else None
+        self._store, self._tokenizer = store, f"{data_folder}/tokenizer"
 
     def tokens(self, shard: int) -> TokenShard:
         """The rows of a shard of the log."""
@@ -74,12 +74,12 @@ class AnswerWriter:
 
     def keep_continuations(self, teacher: TransformersBackend, replica: Replica, micro_batch: int) -> None:
         """Have `teacher` continue prompts out of the rows; keep what it says, and how far its drafts hold, if it makes any."""
-        assert self._tokenizer is not None
+        tokenizer = self._store.local(self._tokenizer)
         windows, kept = torch.from_numpy(self._rows.ids).long(), torch.from_numpy(self._rows.counted())
         drafts = measured_drafts(teacher.model, local_folder(replica.model), windows, micro_batch)
         if drafts:
             self._keep(DRAFTS, drafts)
-        self._keep(CONTINUATIONS, continuations(teacher.model, chosen_prompts(windows, kept), self._tokenizer))
+        self._keep(CONTINUATIONS, continuations(teacher.model, chosen_prompts(windows, kept), tokenizer))
 
     def _keep(self, name: str, value: Any) -> None:
         self.log.keep(name, json.dumps(value).encode())

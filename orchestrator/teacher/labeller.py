@@ -6,6 +6,7 @@ import os
 import time
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -87,9 +88,6 @@ class Labeller:
             LabelLog(work.store, work.heldout.key), Codec(work.heldout.labels, Frame(*shape))
         )
         self._teacher = make_teacher(work)
-        self._answers = work.answering and AnswerWriter(
-            work.answering, work.store, work.data_folder, self._manifest, work.vocab_size
-        )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self._refusal is not None:
@@ -134,9 +132,9 @@ class Labeller:
         Training does not need them: an answer that cannot be kept is left out with a warning.
         """
         began_s, idle_s, started = time.time(), time.perf_counter() - self._idle_since, time.perf_counter()
-        answers, committed = self._answers, None
-        assert answers
+        committed: ShardRecord | None = None
         try:
+            answers = self._answers
             committed = answers.log.committed(shard)
             if committed is None:
                 if shard == 0:
@@ -145,18 +143,24 @@ class Labeller:
                 columns = self.encode(_Book(answers.log, answers.codec), shard, tokens)
                 committed = answers.log.commit(shard, tokens, columns | answers.told_besides(self._teacher, tokens))
         except DistillError as error:
-            self._warn(f"labels: the teacher's answers on held-out rows are missing, and with them figures: {error}")
+            self._warn(f"labels: the teacher's answers on held-out rows were not kept, so figures will be missing: {error}")
         return self._receipt(committed, began_s, started, idle_s, 0.0) | {"heldout": True}
 
     def continue_prompts(self) -> dict[str, Any]:
         """Have the teacher continue the prompts of the report; returns a receipt, whether that succeeds or not."""
         began_s, idle_s, started = time.time(), time.perf_counter() - self._idle_since, time.perf_counter()
         try:
-            assert self._answers and isinstance(self._teacher, TransformersBackend)
+            assert isinstance(self._teacher, TransformersBackend)
             self._answers.keep_continuations(self._teacher, self._work.replica, self._work.micro_batch)
         except Exception as error:
             self._warn(f"labels: the teacher could not continue the report's prompts: {type(error).__name__}: {error}")
         return self._receipt(None, began_s, started, idle_s, 0.0) | {"heldout": True}
+
+    @cached_property
+    def _answers(self) -> AnswerWriter:
+        work = self._work
+        assert work.answering
+        return AnswerWriter(work.answering, work.store, work.data_folder, self._manifest, work.vocab_size)
 
     def _warn(self, text: str) -> None:
         ray.get(self._work.board.warn.remote(text))

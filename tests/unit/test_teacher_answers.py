@@ -113,7 +113,7 @@ def test_answers_that_fail_cost_no_label(pool: Callable[[], Pool], monkeypatch: 
     receipt = teacher("measured")
     assert receipt["rows"] == 0 and receipt["heldout"] and teacher.answers.missing([0]) == [0]
     (warning,) = teacher.warnings
-    assert warning.startswith("labels: the teacher's answers on held-out rows are missing") and "states reach nan" in warning
+    assert warning.startswith("labels: the teacher's answers on held-out rows were not kept") and "states reach nan" in warning
     monkeypatch.setattr(teacher.actor._teacher, "answer", sound)
     assert teacher("shard", 0)["rows"] > 0
 
