@@ -87,7 +87,7 @@ class Bench:
         while not ray.wait([actor.__ray_ready__.remote()], timeout=SAY_EVERY_S)[0]:
             waited += SAY_EVERY_S
             need = ", ".join(f"{amount:g} {kind}" for kind, amount in self._takes.items() if amount)
-            self._say(f"evaluate: waiting for room for {need}, {waited:.0f} s so far")
+            self._say(f"evaluate: waiting for a process with {need}, {waited:.0f} s so far")
         return actor
 
 

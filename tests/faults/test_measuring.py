@@ -79,7 +79,7 @@ def test_it_waits_for_room_and_measures_as_here(cluster: Any, asked: Any, monkey
 
     bench, warnings = Bench(TAKES, 4, say), list[str]()
     found = measure(heldout, teacher, {"student": subject}, bench, warnings.append)
-    assert said[0] == "evaluate: waiting for room for 1 CPU, 1 s so far" and not warnings
+    assert said[0] == "evaluate: waiting for a process with 1 CPU, 1 s so far" and not warnings
     here: Any = Here(4)
     due = measure(heldout, teacher, {"student": subject}, here, warnings.append)
     assert {name: steady(found.figures[name]) for name in due.figures} == {n: steady(f) for n, f in due.figures.items()}

@@ -61,7 +61,8 @@ def test_a_second_student_starts_no_teacher(reference: Reference, no_teacher: di
     refused = subprocess.run(loading, env=os.environ | no_teacher, capture_output=True, text=True, check=False)
     assert refused.returncode and "a teacher was started" in refused.stderr, "the hook is heard"
 
-    other = {"student": {"kind": "config", "model": model(2)}, "objective": {"alpha": 0.6}, "name": "second"}
+    other: Json = {"student": {"kind": "config", "model": model(2)}, "objective": {"alpha": 0.6}, "name": "second"}
+    other["train"] = reference.job["train"] | {"steps": 60}
     again = reference.copy(tmp_path / "again", "labels") | other
     ended = distill(tmp_path / "log-again", "run", write_job(again), env=no_teacher).assert_ok()
     assert statuses(Path(again["storage"]), "second")["labels"] == "reused"
