@@ -13,15 +13,16 @@ from orchestrator.run import Run
 from orchestrator.runtime.session import replicas_that_fit
 from orchestrator.spec.base import result_fields
 from orchestrator.spec.job import Job
-from orchestrator.spec.labels import TopkLabels, kept_features
+from orchestrator.spec.labels import HiddenLabels, TopkLabels, kept_features
 from orchestrator.spec.model import Model, Replicas, TeacherBase, labelled_by, vllm_of
-from orchestrator.store.heldout import HeldoutLog
+from orchestrator.store.heldout import ANSWERS, CONTINUATIONS, AnswerLog, HeldoutLog, choose_measured
 from orchestrator.store.label_log import LabelLog, Ledger, Seal
 from orchestrator.store.records import ModelFolder, Tokens, finished_model
 from orchestrator.student.job import Ahead, Evaluation, Initial, Soft, TrainingJob
 from orchestrator.tracking import names
 
 if TYPE_CHECKING:
+    from orchestrator.teacher.answers import Answering
     from orchestrator.teacher.backend import Replica
     from orchestrator.teacher.labeller import Labelling
     from orchestrator.teacher.usage import Usage
@@ -40,6 +41,8 @@ class Demand:
     """In the order in which training wants them."""
     heldout: HeldoutLog | None
     """The label log of the held-out rows that training is evaluated on."""
+    answers: AnswerLog
+    """That of the held-out rows that models are measured on."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | I
         Ahead(job.student.mtp_depth, job.student.mtp_weight) if job.student.mtp_depth else Ahead(),
         Evaluation(job.evaluate.every, job.evaluate.every_rows, heldout) if job.evaluate.every else None,
     )
-    return Demand(log, student, student.demanded_shards(), heldout)
+    return Demand(log, student, student.demanded_shards(), heldout, _open_answers(run, tokens, identity))
 
 
 def _open_heldout(run: Run, identity: dict[str, Any], vocab: int) -> HeldoutLog | None:
@@ -98,6 +101,20 @@ def _open_heldout(run: Run, identity: dict[str, Any], vocab: int) -> HeldoutLog 
     return HeldoutLog(LabelLog.open(run.store, identity | own).key, labels, rows)
 
 
+def _open_answers(run: Run, tokens: Tokens, identity: dict[str, Any]) -> AnswerLog:
+    """The log of what the same teacher says on the held-out rows that models are measured on.
+
+    It keeps the last hidden states in fp32, the smallest labels that are exact for any student: its divergence from the teacher
+    follows from them and the teacher's head. Where a server answers, it keeps as many ids as are asked for in training.
+    """
+    job, spec = run.job, run.job.evaluate
+    top = isinstance(job.labels, TopkLabels) and vllm_of(job.teacher)
+    labels = TopkLabels(kind="topk", k=job.labels.k) if top else HiddenLabels(kind="hidden", codec="fp32")
+    chosen = choose_measured(tokens.manifest.heldout_rows, spec.rows, spec.watched)
+    own = {"labels": result_fields(labels), "measured_rows": {shard: len(rows) for shard, rows in chosen.items()}}
+    return AnswerLog(LabelLog.open(run.store, identity | own, ANSWERS).key, labels, spec.rows, spec.watched)
+
+
 def label(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Labelled:
     """Have the teacher pool label what is demanded and not yet in the log; seal the demand.
 
@@ -109,7 +126,7 @@ def label(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
         missing = log.missing(shards)
         run.display.expect("labels", len(shards))
         speed = blocked = None
-        if missing or _unlabelled(run, demand):
+        if missing or _unlabelled(run, demand) or _unanswered(run, tokens, demand):
             speed, blocked = _label_missing(run, tokens, teacher, demand, missing, stage.figures)
         else:
             stage.reuse()
@@ -166,6 +183,23 @@ def _unlabelled(run: Run, demand: Demand) -> HeldoutLog | None:
     return demand.heldout if demand.heldout and LabelLog(run.store, demand.heldout.key).missing([0]) else None
 
 
+def _unanswered(run: Run, tokens: Tokens, demand: Demand) -> tuple[int, ...]:
+    """Shards that the log of answers lacks."""
+    wanted = range(len(demand.answers.shards(tokens.manifest)))
+    return tuple(demand.answers.open(run.store).missing(wanted))
+
+
+def _answering(run: Run, tokens: Tokens, demand: Demand) -> Answering:
+    """What the pool is to answer of the held-out rows that models are measured on."""
+    from orchestrator.teacher.answers import Answering
+
+    job, log = run.job, demand.answers
+    whole = job.teacher.shards == 1 and vllm_of(job.teacher) is None
+    continues = whole and CONTINUATIONS not in log.open(run.store).kept_names()
+    speed_rows = min(job.evaluate.micro_batch, job.teacher.micro_batch)
+    return Answering(log, _unanswered(run, tokens, demand), speed_rows, continues)
+
+
 def _of_pool(receipt: Mapping[str, Any], usage: Usage) -> dict[str, float]:
     """Metrics of the pool after `receipt`, and of the replica that it came from."""
     number = list(usage.replicas).index(receipt["replica"])
@@ -205,6 +239,7 @@ def _work(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
         board=run.board,
         vllm=vllm_of(spec),
         heldout=_unlabelled(run, demand),
+        answering=_answering(run, tokens, demand),
     )
 
 

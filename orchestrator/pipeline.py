@@ -35,7 +35,7 @@ def run(plan: Plan, display: Display | None = None) -> dict[str, Any]:
             labels = work.start(labelling.label, run, tokens, teacher, demand)
             student = work.train(steps.train_student, run, tokens, demand.student)
             baseline = work.train(steps.train_baseline, run, tokens, demand.student, student, after=labels)
-        measured = outcome.evaluate(run, tokens, teacher, student.result(), baseline.result())
+        measured = outcome.evaluate(run, tokens, teacher, demand.answers, student.result(), baseline.result())
         report = outcome.compose(run, tokens, labels.result(), student.result(), measured)
         outcome.export(run, tokens, teacher, student.result(), report)
         return outcome.write_report(run, report, measured)

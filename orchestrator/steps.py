@@ -20,7 +20,7 @@ from orchestrator.plan.checkpoint import local_checkpoint
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.length import with_steps
 from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
-from orchestrator.plan.resources import replica_takes, training_takes
+from orchestrator.plan.resources import evaluation_takes, replica_takes, training_takes
 from orchestrator.run import Run
 from orchestrator.run.side_by_side import side_by_side
 from orchestrator.runtime.session import check_resources
@@ -46,6 +46,7 @@ def check_cluster(run: Run) -> None:
     check_resources({kind: spec.replicas.min * replica[kind] + student[kind] for kind in replica}, f"{who} and student")
     if isinstance(spec, PretrainTeacher):
         check_resources(training_takes(spec.train), "teacher.train")
+    check_resources(evaluation_takes(run.job), "evaluate")
     from orchestrator.runtime.nodes import check_nodes
 
     check_nodes(run.store, run.job.storage)

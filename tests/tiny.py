@@ -341,9 +341,9 @@ class Reference:
     """From the start of labelling to the end of the student's training."""
 
     def copy(self, folder: Path, *kept: str) -> Json:
-        """A job on a copy of the storage in which data, teacher and the stages `kept` are done."""
+        """A job on a copy of the storage in which data, teacher and the stages `kept` are done, labels with held-out ones."""
         storage = folder / "store"
-        for stage in ("data", "teacher", *kept):
+        for stage in ("data", "teacher", *kept, *(["heldout"] if "labels" in kept else [])):
             shutil.copytree(self.storage / stage, storage / stage)
         return self.job | {"storage": str(storage)}
 

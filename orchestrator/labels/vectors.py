@@ -12,7 +12,10 @@ from orchestrator.labels.layout import Arrays, Columns, Frame, pack, unpack
 from orchestrator.spec import labels as spec
 
 INT8_LIMIT = 127
-FP16_LIMIT = 65504.0
+FP32_LIMIT = torch.finfo(torch.float32).max
+DTYPES = {"fp16": "<f2", "fp32": "<f4", "int8": "i1", "pca": "<f2"}
+LIMITS = {"fp16": 65504.0, "fp32": FP32_LIMIT, "int8": FP32_LIMIT, "pca": 65504.0}
+"""What is kept of a vector's entries by codec, and how large they may be."""
 
 
 class Vectors:
@@ -29,26 +32,21 @@ class Vectors:
         if self._codec == "pca":
             vectors = self._frame.basis(self._name).project(vectors)
         most = float(vectors.abs().amax())
-        if not most <= (torch.finfo(torch.float32).max if self._codec == "int8" else FP16_LIMIT):
+        if not most <= LIMITS[self._codec]:
             raise DataError(f"the teacher's {self._name} reach {most:g}, beyond what {self._codec} holds")
         if self._codec != "int8":
-            return {self._name: vectors.numpy().astype("<f2")}
+            return {self._name: vectors.numpy().astype(DTYPES[self._codec])}
         scale = vectors.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / INT8_LIMIT
         return {self._name: (vectors / scale).round().numpy().astype("i1"), self._scale: scale[..., 0].numpy()}
 
     def pack(self, arrays: Arrays) -> Columns:
-        if self._codec != "int8":
-            return {self._name: pack(arrays[self._name], "<f2")}
-        return {self._name: pack(arrays[self._name], "i1"), self._scale: pack(arrays[self._scale], "<f4")}
+        columns = {self._name: pack(arrays[self._name], DTYPES[self._codec])}
+        return columns | {self._scale: pack(arrays[self._scale], "<f4")} if self._codec == "int8" else columns
 
     def unpack(self, columns: Columns) -> Arrays:
         seq = self._frame.seq_len
-        if self._codec != "int8":
-            return {self._name: unpack(columns[self._name], "<f2", seq, -1)}
-        return {
-            self._name: unpack(columns[self._name], "i1", seq, -1),
-            self._scale: unpack(columns[self._scale], "<f4", seq),
-        }
+        arrays = {self._name: unpack(columns[self._name], DTYPES[self._codec], seq, -1)}
+        return arrays | {self._scale: unpack(columns[self._scale], "<f4", seq)} if self._codec == "int8" else arrays
 
     def tensor(self, arrays: Arrays) -> torch.Tensor:
         """The vectors [rows, seq, width]: fp16 where they are stored so, as several steps of them wait in memory; else fp32."""

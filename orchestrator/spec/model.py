@@ -94,8 +94,8 @@ class TransformersTeacher(TeacherBase):
     path: str
     revision: str | None = None
     vllm: VllmServer | None = None
-    """Serves the same model and labels in its stead; tokenizer, identity and evaluation are those of `path`, and `shards` and
-    `gpus_per_shard` then hold for the evaluation alone."""
+    """Serves the same model and answers in its stead; tokenizer and identity are those of `path`, and `shards` and
+    `gpus_per_shard` are then without effect."""
 
 
 class GgufTeacher(TeacherBase):

@@ -72,15 +72,15 @@ class Ledger(Record):
 class LabelLog:
     """One teacher's labels of one token manifest, under one labelling."""
 
-    def __init__(self, store: Store, key: str) -> None:
+    def __init__(self, store: Store, key: str, root: str = "labels") -> None:
         self.store = store
         self.key = key
-        self.folder = f"labels/{key}"
+        self.folder = f"{root}/{key}"
 
     @classmethod
-    def open(cls, store: Store, identity: dict[str, Any]) -> LabelLog:
-        """The log whose key is the hash of `identity`, created if it is new."""
-        log = cls(store, fingerprint("labels", LABEL_SCHEMA_VERSION, identity))
+    def open(cls, store: Store, identity: dict[str, Any], root: str = "labels") -> LabelLog:
+        """The log in the folder `root` whose key is the hash of `identity`, created if it is new."""
+        log = cls(store, fingerprint("labels", LABEL_SCHEMA_VERSION, identity), root)
         if not store.exists(f"{log.folder}/key.json"):
             document = {"schema_version": LABEL_SCHEMA_VERSION, **identity}
             store.put_if_absent(f"{log.folder}/key.json", _pretty(document))

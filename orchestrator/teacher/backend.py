@@ -54,22 +54,23 @@ class TransformersBackend:
         folder, on = local_folder(replica.model), device(replica.gpus)
         _check_room(folder, replica.dtype, on, replica.shards)
         alone = replica.shards == 1
-        self._model = load_model(folder, replica.dtype, on) if alone else load_share(folder, replica.dtype, on)
-        head = output_head(self._model)
+        self.model = load_model(folder, replica.dtype, on) if alone else load_share(folder, replica.dtype, on)
+        """The whole model, or this process's share of it."""
+        head = output_head(self.model)
         self.head = head if alone else ShardedHead(head)
-        check_head(self._model, "teacher", self.head)
-        feature_widths(self._model, replica.features, "labels.features")
+        check_head(self.model, "teacher", self.head)
+        feature_widths(self.model, replica.features, "labels.features")
         self._features = replica.features
 
     @torch.inference_mode()
     def answer(self, ids: torch.Tensor) -> Answer:
-        with captured(self._model, self._features, "labels.features") as found:
-            hidden = last_hidden(self._model, ids.to(self._model.device))
+        with captured(self.model, self._features, "labels.features") as found:
+            hidden = last_hidden(self.model, ids.to(self.model.device))
         return Answer(hidden, self.head, self.head.vocab_size, found)
 
     def empty(self, shape: torch.Size) -> torch.Tensor:
         """Room for hidden states of this teacher."""
-        return torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
+        return torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
 
 
 def _check_room(folder: Path, dtype: str, on: torch.device, shards: int) -> None:

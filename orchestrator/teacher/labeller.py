@@ -6,6 +6,7 @@ import os
 import time
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -24,7 +25,8 @@ from orchestrator.store.heldout import HeldoutLog, watched_rows
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import MANIFEST, ShardRecord, TokenManifest
 from orchestrator.store.shards import TokenShard, read_tokens
-from orchestrator.teacher.backend import Replica
+from orchestrator.teacher.answers import Answering, AnswerWriter
+from orchestrator.teacher.backend import Replica, TransformersBackend
 from orchestrator.teacher.make import make_teacher
 from orchestrator.teacher.placement import leave_placement
 
@@ -47,6 +49,8 @@ class Labelling:
     """Answers instead."""
     heldout: HeldoutLog | None = None
     """To be labelled before all shards."""
+    answering: Answering | None = None
+    """Held-out rows to be answered, for evaluation, before all shards."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,20 @@ class Labeller:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self._refusal is not None:
             raise self._refusal
-        rows = zip(batch["heldout"], batch["shard"], batch["position"], strict=True)
-        receipts = [self.label_heldout() if heldout else self.label(int(s), int(p)) for heldout, s, p in rows]
+        rows = zip(batch["what"], batch["shard"], batch["position"], strict=True)
+        receipts = [self._work_on(str(what), int(shard), int(position)) for what, shard, position in rows]
         return {name: [r[name] for r in receipts] for name in receipts[0]}
+
+    def _work_on(self, what: str, shard: int, position: int) -> dict[str, Any]:
+        match what:
+            case "watched":
+                return self.label_heldout()
+            case "measured":
+                return self.answer(shard)
+            case "continuations":
+                return self.continue_prompts()
+            case _:
+                return self.label(shard, position)
 
     def label(self, shard: int, position: int) -> dict[str, Any]:
         """Label and commit token shard `shard`, the `position`-th of the demand; returns its receipt."""
@@ -111,14 +126,53 @@ class Labeller:
         committed = self._heldout.log.commit(0, tokens, self.encode(self._heldout, 0, tokens))
         return self._receipt(committed, began_s, started, idle_s, 0.0) | {"heldout": True}
 
+    def answer(self, shard: int) -> dict[str, Any]:
+        """Answer and commit a shard of the held-out rows that models are measured on; returns a receipt.
+
+        Training does not need them: an answer that cannot be kept is left out with a warning.
+        """
+        began_s, idle_s, started = time.time(), time.perf_counter() - self._idle_since, time.perf_counter()
+        committed: ShardRecord | None = None
+        try:
+            answers = self._answers
+            committed = answers.log.committed(shard)
+            if committed is None:
+                if shard == 0:
+                    answers.keep_speed(self._teacher, self._work.replica.threads)
+                tokens = answers.tokens(shard)
+                columns = self.encode(_Book(answers.log, answers.codec), shard, tokens)
+                committed = answers.log.commit(shard, tokens, columns | answers.told_besides(self._teacher, tokens))
+        except DistillError as error:
+            self._warn(f"labels: the teacher's answers on held-out rows were not kept, so figures will be missing: {error}")
+        return self._receipt(committed, began_s, started, idle_s, 0.0) | {"heldout": True}
+
+    def continue_prompts(self) -> dict[str, Any]:
+        """Have the teacher continue the prompts of the report; returns a receipt, whether that succeeds or not."""
+        began_s, idle_s, started = time.time(), time.perf_counter() - self._idle_since, time.perf_counter()
+        try:
+            assert isinstance(self._teacher, TransformersBackend)
+            self._answers.keep_continuations(self._teacher, self._work.replica, self._work.micro_batch)
+        except Exception as error:
+            self._warn(f"labels: the teacher could not continue the report's prompts: {type(error).__name__}: {error}")
+        return self._receipt(None, began_s, started, idle_s, 0.0) | {"heldout": True}
+
+    @cached_property
+    def _answers(self) -> AnswerWriter:
+        work = self._work
+        assert work.answering
+        return AnswerWriter(work.answering, work.store, work.data_folder, self._manifest, work.vocab_size)
+
+    def _warn(self, text: str) -> None:
+        ray.get(self._work.board.warn.remote(text))
+
     def _receipt(
-        self, committed: ShardRecord, began_s: float, started: float, idle_s: float, blocked_s: float
+        self, committed: ShardRecord | None, began_s: float, started: float, idle_s: float, blocked_s: float
     ) -> dict[str, Any]:
         self._idle_since = time.perf_counter()
         return {
             "heldout": False,
-            "rows": committed.rows,
-            "bytes": committed.bytes,
+            "rows": committed.rows if committed else 0,
+            "bytes": committed.bytes if committed else 0,
             "seconds": self._idle_since - started,
             "blocked_s": blocked_s,
             "idle_s": idle_s,

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
-from orchestrator.labels.answer import Answer
 from orchestrator.spec.labels import TopkLabels
 from orchestrator.teacher.backend import Replica, Teacher, TransformersBackend
 from orchestrator.teacher.gang import Gang
@@ -28,8 +24,3 @@ def make_teacher(work: Labelling) -> Teacher:
 def load_replica(replica: Replica) -> Teacher:
     """Load `replica` here; one of several shards takes an actor in a placement group of as many bundles."""
     return Gang(replica) if replica.shards > 1 else TransformersBackend(replica)
-
-
-def load_answers(replica: Replica) -> Callable[[torch.Tensor], Answer]:
-    """The `answer` of a replica that is loaded here."""
-    return load_replica(replica).answer

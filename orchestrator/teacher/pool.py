@@ -18,15 +18,15 @@ def label_shards(
     work: Labelling, shards: Sequence[tuple[int, int]], replicas: Replicas, placement: Placement
 ) -> Iterator[dict[str, Any]]:
     """Label the held-out rows of `work`, if it has any, and then `shards`, pairs of (shard, position in the demand); yields
-    a receipt for each as it is committed.
+    a receipt for each as it is committed. Prompts are continued after that.
 
     A dead replica is replaced and its shard labelled again; an error that a teacher raises ends the iteration. Raises
     `EnvironmentFault` if the cluster has no room for `replicas.min`.
     """
     quiet_ray_data()
-    rows = [{"heldout": False, "shard": shard, "position": position} for shard, position in shards]
-    if work.heldout:
-        rows.insert(0, {"heldout": True, "shard": 0, "position": 0})
+    rows = _heldout_rows(work) + [{"what": "shard", "shard": shard, "position": position} for shard, position in shards]
+    if work.answering and work.answering.continues:
+        rows.append({"what": "continuations", "shard": 0, "position": 0})
     pool = ray.data.ActorPoolStrategy(min_size=replicas.min, max_size=replicas.max, max_tasks_in_flight_per_actor=2)
     with placement:
         placement.reserve(replicas.min)
@@ -50,3 +50,10 @@ def label_shards(
                 "blocked_s": receipt["blocked_s"] + held_s,
                 "replicas": placement.replicas(),
             }
+
+
+def _heldout_rows(work: Labelling) -> list[dict[str, Any]]:
+    """What is labelled first: should a teacher fail on held-out rows, that is known before anything was lost."""
+    watched = [{"what": "watched", "shard": 0, "position": 0}] if work.heldout else []
+    measured = work.answering.shards if work.answering else ()
+    return watched + [{"what": "measured", "shard": shard, "position": 0} for shard in measured]

@@ -53,14 +53,28 @@ class VllmBackend:
             rows = list(threads.map(self._ask, ids.tolist()))
         return Answer(torch.stack(rows), self._spread, self._vocab_size)
 
+    def target_log_probs(self, ids: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [rows, seq] of `ids[:, 1:]`, each after what stands before it in `ids` [rows, seq + 1]."""
+        with ThreadPoolExecutor(len(ids)) as threads:
+            rows = list(threads.map(self._ask_targets, ids.tolist()))
+        return torch.tensor(rows)
+
     def _ask(self, ids: list[int]) -> torch.Tensor:
         """The k most likely ids after each of `ids`, and their log-probabilities, side by side [seq, 2 k]."""
-        asked = {"prompt": [*ids, ANY_ID], "prompt_logprobs": self._k, "max_tokens": 1, "temperature": 0}
+        return torch.stack([self._top(place) for place in self._places([*ids, ANY_ID], self._k)])
+
+    def _ask_targets(self, ids: list[int]) -> list[float]:
+        named = zip(self._places(ids, 1), ids[1:], strict=True)
+        return [place[str(target)]["logprob"] if str(target) in place else -math.inf for place, target in named]
+
+    def _places(self, prompt: list[int], k: int) -> list[dict[str, Any]]:
+        """What the server says about each id of `prompt` but the first: by id, of the `k` most likely ones and of itself."""
+        asked = {"prompt": prompt, "prompt_logprobs": k, "max_tokens": 1, "temperature": 0}
         reply = self._call("POST", "/v1/completions", {"model": self._model} | asked)
         places: list[dict[str, Any] | None] = reply["choices"][0].get("prompt_logprobs") or []
-        if len(places) != len(ids) + 1:
-            raise DataError(f"teacher.vllm: {self._url} said something about {len(places)} of {len(ids) + 1} places of a row")
-        return torch.stack([self._top(place or {}) for place in places[1:]])
+        if len(places) != len(prompt):
+            raise DataError(f"teacher.vllm: {self._url} said something about {len(places)} of {len(prompt)} places of a row")
+        return [place or {} for place in places[1:]]
 
     def _top(self, place: dict[str, Any]) -> torch.Tensor:
         # The id that stands there is named too, however unlikely it is.

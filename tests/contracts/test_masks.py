@@ -1,4 +1,4 @@
-"""Targets that are not learnt: they are in no loss, no gradient and no figure."""
+"""Targets that are not learnt: they are in no loss and no gradient (and in no figure: `unit/test_measured.py`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.evaluate import measure
 from orchestrator.labels.targets import Dense
 from orchestrator.losses.objective import Mixture
 from orchestrator.losses.schedule import combined
@@ -76,18 +75,3 @@ def test_nothing_learnt_is_no_loss(seed: int) -> None:
     terms = case.terms(Mask(torch.zeros(ROWS, SEQ, dtype=torch.bool), 0.4))
     assert terms.tolist() == [0.0] * len(terms)
     assert not any(g.any() for g in case.gradients(terms[0]))
-
-
-def test_figures_are_of_the_learnt_targets(seed: int) -> None:
-    case = Case(seed)
-    models = {"teacher": build_model(MODEL, VOCAB, seed + 1, "teacher"), "student": build_model(MODEL, VOCAB, seed, "student")}
-    sums = {name: measure._Sums() for name in models}
-    speakers = {name: measure._answers(model) for name, model in models.items()}
-    measure._measure_part(speakers, sums, case.ids, case.kept.flatten())
-    with torch.no_grad():
-        p, q = (model(input_ids=case.ids[:, :-1]).logits.double().log_softmax(-1)[case.kept] for model in models.values())
-    target = case.ids[:, 1:][case.kept]
-    assert sums["student"].positions == len(target) < ROWS * SEQ
-    assert torch.cat(sums["student"].ce).tolist() == pytest.approx((-q.gather(1, target[:, None])).flatten().tolist(), rel=1e-5)
-    assert torch.cat(sums["student"].kl).tolist() == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), rel=1e-4, abs=1e-6)
-    assert torch.equal(torch.cat(sums["student"].agree), p.argmax(-1) == q.argmax(-1))

@@ -100,7 +100,7 @@ def local(folder: Path) -> TransformersBackend:
 @pytest.fixture
 def server(local: TransformersBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(vllm, "TRIES", Retry(total=3, backoff_factor=0.01, status_forcelist=(503,), allowed_methods=None))
-    with Server(local._model) as server:
+    with Server(local.model) as server:
         thread = Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield server
@@ -131,6 +131,17 @@ def test_labels_are_those_of_the_model_that_is_served(seed: int, server: Server,
     tail = next(name for name in expected if name.startswith("tail"))
     np.testing.assert_allclose(found[tail], expected[tail], atol=1e-5)
     assert not np.array_equal(found["ids"], labels(local, token_ids(seed + 1), k)["ids"]), "other rows have other labels"
+
+
+def test_it_tells_how_likely_the_text_is(seed: int, server: Server, local: TransformersBackend) -> None:
+    """Whatever k is: the id that stands in a place is named there too."""
+    ids = torch.randint(VOCAB, (3, SEQ + 1), generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        log_probs = local.model(input_ids=ids[:, :-1]).logits.float().log_softmax(-1)
+    expected = log_probs.gather(2, ids[:, 1:, None])[..., 0]
+    found = backend(server, 1).target_log_probs(ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert bool((log_probs.argmax(-1) != ids[:, 1:]).any()), "most are not the most likely"
 
 
 def test_a_server_that_is_away_for_a_moment_costs_nothing(seed: int, server: Server) -> None:

@@ -14,8 +14,9 @@ import pytest
 
 from orchestrator.errors import IntegrityError
 from orchestrator.store.label_log import LabelLog
+from orchestrator.store.local import LocalStore
 from orchestrator.store.shards import TokenShard
-from tests.label_logs import flip, labels_of, manifest_of, tokens_of, verified
+from tests.label_logs import IDENTITY, flip, labels_of, manifest_of, tokens_of, verified
 
 
 @pytest.mark.parametrize("change", ["one id", "one row id", "a row less", "rows swapped"])
@@ -100,7 +101,9 @@ def test_a_commit_record_that_tells_otherwise_is_found(log: LabelLog, name: str,
         verified(log)
 
 
-def test_verify_as_a_command(log: LabelLog) -> None:
+@pytest.mark.parametrize("root", ["labels", "heldout"])
+def test_verify_as_a_command(store: LocalStore, root: str) -> None:
+    log = LabelLog.open(store, IDENTITY, root)
     records = [log.commit(shard, tokens_of(shard), labels_of(tokens_of(shard))) for shard in range(3)]
     command = [sys.executable, "-m", "orchestrator.cli", "labels", "verify", str(log.store.path(log.folder))]
     intact = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -290,6 +290,20 @@ def test_figures_of_a_plan() -> None:
     assert plan.teacher.params == sum(p.numel() for p in build_model(teacher.model, 4096, 0, "teacher").parameters())
 
 
+@pytest.mark.parametrize(
+    ("fields", "gpus"),
+    [
+        ({}, 0),
+        ({"train": Train(steps=20, gpus_per_worker=1)}, 1),
+        ({"teacher": PretrainTeacher(gpus_per_shard=1)}, 1),
+        ({"teacher": PretrainTeacher(train=Train(steps=20, gpus_per_worker=1))}, 1),
+    ],
+)
+def test_models_are_measured_on_a_gpu_where_anything_is_computed_on_one(fields: Any, gpus: int) -> None:
+    (evaluate,) = (stage for stage in plan_of(**fields).stages if stage.name == "evaluate")
+    assert (evaluate.cpus, evaluate.gpus) == (1, gpus)
+
+
 def test_a_plan_without_a_known_vocabulary() -> None:
     teacher: Any = {"kind": "transformers", "path": "/models/x"}
     plan = plan_of(data={"tokenizer": {"kind": "teacher"}}, teacher=teacher)
