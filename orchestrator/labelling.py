@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.length import with_steps
 from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.run import Run
@@ -15,6 +16,7 @@ from orchestrator.spec.base import result_fields
 from orchestrator.spec.job import Job
 from orchestrator.spec.labels import TopkLabels, kept_features
 from orchestrator.spec.model import Model, Replicas, TeacherBase, labelled_by, vllm_of
+from orchestrator.store.claims import Claims
 from orchestrator.store.heldout import HeldoutLog
 from orchestrator.store.label_log import LabelLog, Ledger, Seal
 from orchestrator.store.records import ModelFolder, Tokens, finished_model
@@ -23,7 +25,7 @@ from orchestrator.tracking import names
 
 if TYPE_CHECKING:
     from orchestrator.teacher.backend import Replica
-    from orchestrator.teacher.labeller import Labelling
+    from orchestrator.teacher.task import LabelTask
     from orchestrator.teacher.usage import Usage
 
 HELDOUT_IDS = 128
@@ -108,20 +110,29 @@ def label(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
     with run.stage("labels", log.key, lineage) as stage:
         missing = log.missing(shards)
         run.display.expect("labels", len(shards))
-        speed = blocked = None
+        made = _Made(0, None, None)
         if missing or _unlabelled(run, demand):
-            speed, blocked = _label_missing(run, tokens, teacher, demand, missing, stage.figures)
+            made = _label_missing(run, tokens, teacher, demand, missing, stage.figures)
         else:
             stage.reuse()
         seal, ledger = log.seal(shards, tokens.manifest)
-        stage.figures |= {"rows": seal.rows, "bytes": seal.bytes, "reused_shards": len(shards) - len(missing)}
-    return Labelled(seal, ledger, len(shards) - len(missing), speed, blocked)
+        reused = len(shards) - made.shards
+        stage.figures |= {"rows": seal.rows, "bytes": seal.bytes, "reused_shards": reused}
+    return Labelled(seal, ledger, reused, made.tokens_per_s, made.blocked_fraction)
+
+
+class _Made(NamedTuple):
+    """The work of this run's own teacher pool."""
+
+    shards: int
+    tokens_per_s: float | None
+    blocked_fraction: float | None
 
 
 def _label_missing(
     run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand, missing: list[int], figures: dict[str, float]
-) -> tuple[float | None, float | None]:
-    """Tokens per second of the pool, and the share of its time in which it waited for the student.
+) -> _Made:
+    """Have the `missing` shards labelled, here or by another run that shares the log.
 
     `figures` get the seconds of each replica.
     """
@@ -130,35 +141,37 @@ def _label_missing(
     from orchestrator.teacher.pool import label_shards
     from orchestrator.teacher.usage import Usage
 
-    work = _work(run, tokens, teacher, demand)
+    task = _task(run, tokens, teacher, demand)
     placement = Placement(demand.log.key, labelled_by(run.job.teacher), run.display.say)
     done = len(demand.shards) - len(missing)
     if done:
         run.display.say(f"labels: resuming, {done}/{len(demand.shards)} shards done")
-    calibrate(work, demand.shards[0], placement)
-    rows = size = 0
+    calibrate(task, demand.shards[0], placement)
+    made = rows = size = 0
     usage, began = Usage(), None
     seq_len = tokens.manifest.seq_len
     position = {shard: i for i, shard in enumerate(demand.shards)}
-    for receipt in label_shards(work, [(shard, position[shard]) for shard in missing], _pool_size(run.job), placement):
-        lost = usage.add(receipt)
+    for receipt in label_shards(task, [(shard, position[shard]) for shard in missing], _pool_size(run.job), placement):
+        lost = "replica" in receipt and usage.add(receipt)
         if lost:
             run.warn("labels: a teacher replica was lost and replaced; its shard was labelled again")
-        if receipt["heldout"]:
+        if receipt["heldout"] or receipt["outcome"] == "deferred":
             continue
-        began = began or time.time() - receipt["seconds"]
-        done, rows, size = done + 1, rows + receipt["rows"], size + receipt["bytes"]
-        metrics = {
-            names.SHARDS_COMMITTED: done,
-            names.LABEL_TOKENS: receipt["rows"] * seq_len,
-            names.LABEL_TOKENS_PER_S: rows * seq_len / (time.time() - began),
-            names.BYTES_PER_TOKEN: size / (rows * seq_len),
-            names.RESTARTS: float(lost),
-        }
+        done += 1
+        metrics = {names.SHARDS_COMMITTED: done, names.RESTARTS: float(lost)}
+        if receipt["outcome"] == "labelled":
+            began = began or time.time() - receipt["seconds"]
+            made, rows, size = made + 1, rows + receipt["rows"], size + receipt["bytes"]
+            metrics |= {
+                names.LABEL_TOKENS: receipt["rows"] * seq_len,
+                names.LABEL_TOKENS_PER_S: rows * seq_len / (time.time() - began),
+                names.BYTES_PER_TOKEN: size / (rows * seq_len),
+            }
         run.record("labels", demand.log.key, done, metrics | _of_pool(receipt, usage))
     for number, seconds in enumerate(usage.replicas.values()):
         figures |= {f"replica_{number}/{kind}_s": value for kind, value in asdict(seconds).items()}
-    return (rows * seq_len / (time.time() - began), usage.blocked_fraction) if began else (None, None)
+    speed = rows * seq_len / (time.time() - began) if began else None
+    return _Made(made, speed, usage.blocked_fraction if began else None)
 
 
 def _unlabelled(run: Run, demand: Demand) -> HeldoutLog | None:
@@ -167,7 +180,9 @@ def _unlabelled(run: Run, demand: Demand) -> HeldoutLog | None:
 
 
 def _of_pool(receipt: Mapping[str, Any], usage: Usage) -> dict[str, float]:
-    """Metrics of the pool after `receipt`, and of the replica that it came from."""
+    """Metrics of the pool after `receipt`, and of the replica that it came from, if it names one."""
+    if "replica" not in receipt:
+        return {}
     number = list(usage.replicas).index(receipt["replica"])
     return {
         names.TEACHER_REPLICAS: receipt["replicas"],
@@ -188,13 +203,13 @@ def _pool_size(job: Job) -> Replicas:
     return Replicas(min=least, max=max(least, min(most, room)))
 
 
-def _work(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Labelling:
-    """What the teacher's actors are told."""
-    from orchestrator.teacher.labeller import Labelling
+def _task(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> LabelTask:
+    """The task of the teacher's actors."""
+    from orchestrator.teacher.task import LabelTask
 
     spec = run.job.teacher
     behind = finished_model(run.store, demand.student.folder) is None  # a finished student does not hold its teacher back
-    return Labelling(
+    return LabelTask(
         store=run.store,
         data_folder=tokens.folder,
         replica=replica_of(labelled_by(spec), teacher, kept_features(run.job.labels)),
@@ -203,6 +218,7 @@ def _work(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
         log_key=demand.log.key,
         micro_batch=spec.micro_batch,
         board=run.board,
+        claims=Claims(run.store, demand.log.folder, fingerprint("writer", run.directory.key)),
         vllm=vllm_of(spec),
         heldout=_unlabelled(run, demand),
     )

@@ -1,0 +1,86 @@
+"""Token shards in, committed label shards out: the part of a teacher's actor that knows nothing of pools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from orchestrator.errors import DataError
+from orchestrator.labels.basis import bases_of
+from orchestrator.labels.codec import Codec
+from orchestrator.labels.layout import Arrays, Columns, Frame, join
+from orchestrator.runtime.environment import limit_threads
+from orchestrator.store.heldout import watched_rows
+from orchestrator.store.label_log import LabelLog
+from orchestrator.store.records import MANIFEST, ShardRecord, TokenManifest
+from orchestrator.store.shards import TokenShard, read_tokens
+from orchestrator.teacher.backend import Teacher
+from orchestrator.teacher.make import make_teacher
+from orchestrator.teacher.task import Item, LabelTask
+
+
+@dataclass(frozen=True)
+class _Book:
+    """A log, and the codec of what it keeps."""
+
+    log: LabelLog
+    codec: Codec
+
+
+class ShardWriter:
+    """A teacher and the logs that it writes to."""
+
+    def __init__(self, task: LabelTask) -> None:
+        """Load the teacher of `task`; this process computes with as many threads as its replica has from now on."""
+        limit_threads(task.replica.threads)
+        torch.set_num_threads(task.replica.threads)
+        manifest = TokenManifest.load(task.store, f"{task.data_folder}/{MANIFEST}")
+        assert manifest is not None
+        self._task, self._manifest = task, manifest
+        log, shape = LabelLog(task.store, task.log_key), (task.vocab_size, manifest.seq_len)
+        self._train = _Book(log, Codec(task.labels, Frame(*shape, bases=bases_of(log))))
+        self._heldout = task.heldout and _Book(
+            LabelLog(task.store, task.heldout.key), Codec(task.heldout.labels, Frame(*shape))
+        )
+        self._teacher: Teacher = make_teacher(task)
+
+    def committed(self, item: Item) -> ShardRecord | None:
+        """The commit record of `item`, None if there is none."""
+        return self._book(item).log.committed(item.shard)
+
+    def write(self, item: Item) -> ShardRecord:
+        """Label and commit `item`; raises `DataError` for a teacher that answers nonsense."""
+        tokens, book = self._tokens(item), self._book(item)
+        return book.log.commit(item.shard, tokens, self._encode(book, item.shard, tokens))
+
+    def _book(self, item: Item) -> _Book:
+        book = self._heldout if item.heldout else self._train
+        assert book is not None
+        return book
+
+    def _tokens(self, item: Item) -> TokenShard:
+        store, folder = self._task.store, self._task.data_folder
+        if item.heldout:
+            assert self._task.heldout is not None
+            return watched_rows(store, folder, self._manifest, self._task.heldout.rows)
+        return read_tokens(store, f"{folder}/train", self._manifest.train[item.shard])
+
+    def _encode(self, book: _Book, shard: int, tokens: TokenShard) -> Columns:
+        """The label columns of a whole shard."""
+        parts: list[Arrays] = []
+        ids, size, vocab = torch.from_numpy(tokens.ids[:, :-1]).long(), self._task.micro_batch, self._task.vocab_size
+        if int(ids.max()) >= vocab:
+            raise DataError(f"token shard {shard} holds id {int(ids.max())}, the teacher's vocabulary {vocab} ids")
+        for start in range(0, len(ids), size):
+            part = ids[start : start + size]
+            answer = self._teacher.answer(part)
+            given, due = (*answer.states.shape[:2], answer.vocab_size), (*part.shape, vocab)
+            if given != due:
+                raise DataError(f"label shard {shard}: the teacher answered {given} where {due} is due")
+            seeds = [book.log.key.encode() + row for row in tokens.row_ids[start : start + len(part)]]
+            try:
+                parts.append(book.codec.extract(answer, seeds))
+            except DataError as error:
+                raise DataError(f"label shard {shard}, rows from {start}: {error}") from error
+        return book.codec.pack(join(parts))
