@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from orchestrator.errors import EnvironmentFault
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.length import with_steps
 from orchestrator.plan.resources import replica_takes, training_takes
@@ -15,7 +17,7 @@ from orchestrator.runtime.session import replicas_that_fit
 from orchestrator.spec.base import result_fields
 from orchestrator.spec.job import Job
 from orchestrator.spec.labels import TopkLabels, kept_features
-from orchestrator.spec.model import Model, Replicas, TeacherBase, labelled_by, vllm_of
+from orchestrator.spec.model import Model, Replicas, TeacherBase, TransformersTeacher, VllmServer, labelled_by, vllm_of
 from orchestrator.store.claims import Claims
 from orchestrator.store.heldout import HeldoutLog
 from orchestrator.store.label_log import LabelLog, Ledger, Seal
@@ -42,6 +44,8 @@ class Demand:
     """In the order in which training wants them."""
     heldout: HeldoutLog | None
     """The label log of the held-out rows that training is evaluated on."""
+    server: VllmServer | None
+    """The server that labels in place of the teacher, with the name of its model."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,8 @@ class Labelled:
 
 def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | Initial) -> Demand:
     """The log that holds exactly this teacher's labels of these tokens, and the demand of this student on it."""
-    job, vocab = run.job, teacher.manifest.vocab_size
-    server = vllm_of(job.teacher)
-    arithmetic = f"vllm {server.model or ''}" if server else job.teacher.dtype
+    job, vocab, server = run.job, teacher.manifest.vocab_size, _named_server(run)
+    arithmetic = f"vllm {server.model}" if server else job.teacher.dtype
     teacher_identity = {"content": teacher.manifest.content, "dtype": arithmetic}
     shape = {"seq_len": tokens.manifest.seq_len, "vocab_size": vocab}
     identity = {
@@ -83,7 +86,32 @@ def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | I
         Ahead(job.student.mtp_depth, job.student.mtp_weight) if job.student.mtp_depth else Ahead(),
         Evaluation(job.evaluate.every, job.evaluate.every_rows, heldout) if job.evaluate.every else None,
     )
-    return Demand(log, student, student.demanded_shards(), heldout)
+    return Demand(log, student, student.demanded_shards(), heldout, server)
+
+
+def _named_server(run: Run) -> VllmServer | None:
+    """The server that labels in place of the teacher, with the name of its model; None if there is no such server.
+
+    A server that does not answer stands for the model that it served when it last did: the labels made then can be used.
+    """
+    spec, server = run.job.teacher, vllm_of(run.job.teacher)
+    if server is None or server.model is not None:
+        return server
+    from orchestrator.teacher.vllm import find_served
+
+    assert isinstance(spec, TransformersTeacher)
+    key = f"teacher/vllm/{fingerprint('vllm', server.url)}.json"
+    try:
+        served = find_served(server)
+    except EnvironmentFault:
+        remembered = run.store.read_json(key)
+        if remembered is None:
+            raise
+        return server.model_copy(update={"model": remembered["name"]})
+    if not served.is_called(spec.path):
+        run.warn(f"teacher.vllm: {server.url} serves {served.name}, which is called otherwise than teacher.path {spec.path}")
+    run.store.replace(key, json.dumps({"name": served.name}).encode())
+    return server.model_copy(update={"model": served.name})
 
 
 def _open_heldout(run: Run, identity: dict[str, Any], vocab: int) -> HeldoutLog | None:
@@ -219,7 +247,7 @@ def _task(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
         micro_batch=spec.micro_batch,
         board=run.board,
         claims=Claims(run.store, demand.log.folder, fingerprint("writer", run.directory.key)),
-        vllm=vllm_of(spec),
+        vllm=demand.server,
         heldout=_unlabelled(run, demand),
     )
 

@@ -84,7 +84,7 @@ class VllmServer(Spec):
     url: Annotated[str, NO_RESULT] = Field(pattern=r"^https?://[^/@]+/?$")
     """As in http://host:8000."""
     model: str | None = None
-    """Name it is served under; null: that of the server's first model."""
+    """Name under which it is served; null: the server's first model, whose name is looked up when a run starts."""
 
 
 class TransformersTeacher(TeacherBase):

@@ -1,14 +1,17 @@
 """A teacher behind vLLM's OpenAI-compatible server, which runs where and in which environment it likes.
 
 Of every position the server tells the k most likely ids (`prompt_logprobs`), no more: enough for top-k labels at temperature 1
-with their exact tail mass. Tested on replies of the documented form; no server on a GPU was at hand.
+with their exact tail mass. A log's key holds the name under which the model is served; that the name still stands for the
+model that began the log is seen by a few answers (probe.py). Tested on replies of the documented form; no server on a GPU was
+at hand.
 """
 
 from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import requests
 import torch
@@ -31,21 +34,70 @@ BELOW_TOP = 1e-3
 """Nats by which ids that were not named stay under those that were, whatever rounding says."""
 
 
+class Served(NamedTuple):
+    """A model that a server serves."""
+
+    name: str
+    root: str
+    """The path or hub name that it was loaded from, as the server tells it; its name if the server does not."""
+
+    def is_called(self, path: str) -> bool:
+        """Whether its name or its root ends as `path` does."""
+        return Path(path).name in (Path(self.name).name, Path(self.root).name)
+
+
+def find_served(server: VllmServer) -> Served:
+    """The model that `server` names, or the first that it serves if it names none.
+
+    Raises `SpecError` for a name that is not served, and `EnvironmentFault` for a server that does not answer.
+    """
+    return _Client(server.url).find(server.model)
+
+
+class _Client:
+    """A connection to a server, safe to use from several threads."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._session = requests.Session()
+        self._session.mount(self.url, HTTPAdapter(pool_maxsize=64, max_retries=TRIES))
+        key = vllm_key()
+        if key:
+            self._session.headers["Authorization"] = f"Bearer {key}"
+
+    def find(self, name: str | None) -> Served:
+        """As `find_served`."""
+        served = [Served(model["id"], model.get("root") or model["id"]) for model in self.call("GET", "/v1/models")["data"]]
+        found = next((model for model in served if name in (None, model.name)), None)
+        if found is None:
+            names = ", ".join(model.name for model in served)
+            raise SpecError(f"teacher.vllm.model: {self.url} serves {names or 'no model'}, not {name}")
+        return found
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """The parsed reply; raises `SpecError` for a request that the server refuses, and otherwise `EnvironmentFault`."""
+        try:
+            reply = self._session.request(method, self.url + path, json=body, timeout=TIMEOUT_S)
+        except requests.RequestException as error:
+            raise EnvironmentFault(f"teacher.vllm.url: {self.url} does not answer ({type(error).__name__})") from error
+        if reply.ok:
+            return reply.json()
+        said = " ".join(reply.text.split())[:160]
+        if "max allowed" in said:
+            asked = body["prompt_logprobs"]
+            raise SpecError(f"labels.k: more than {self.url} tells; start it with --max-logprobs {asked}: {said}")
+        fault = SpecError if reply.status_code in (400, 404, 422) else EnvironmentFault
+        raise fault(f"teacher.vllm: {self.url} answered {reply.status_code}: {said}")
+
+
 class VllmBackend:
     """A model that a vLLM server serves; safe to use from one thread, asks for all rows at once."""
 
     def __init__(self, server: VllmServer, k: int, vocab_size: int) -> None:
         """Raises `SpecError` where the server does not serve what is needed, `EnvironmentFault` where it does not answer."""
-        self._url, self._k, self._vocab_size = server.url.rstrip("/"), k, vocab_size
-        self._session = requests.Session()
-        self._session.mount(self._url, HTTPAdapter(pool_maxsize=64, max_retries=TRIES))
-        key = vllm_key()
-        if key:
-            self._session.headers["Authorization"] = f"Bearer {key}"
-        served = [model["id"] for model in self._call("GET", "/v1/models")["data"]]
-        self._model = server.model or served[0]
-        if self._model not in served:
-            raise SpecError(f"teacher.vllm.model: {self._url} serves {', '.join(served)}, not {self._model}")
+        self._client, self._k, self._vocab_size = _Client(server.url), k, vocab_size
+        self._url = self._client.url
+        self._model = self._client.find(server.model).name
         self._ask([ANY_ID])  # so that a limit shows before the work starts
 
     def answer(self, ids: torch.Tensor) -> Answer:
@@ -56,7 +108,7 @@ class VllmBackend:
     def _ask(self, ids: list[int]) -> torch.Tensor:
         """The k most likely ids after each of `ids`, and their log-probabilities, side by side [seq, 2 k]."""
         asked = {"prompt": [*ids, ANY_ID], "prompt_logprobs": self._k, "max_tokens": 1, "temperature": 0}
-        reply = self._call("POST", "/v1/completions", {"model": self._model} | asked)
+        reply = self._client.call("POST", "/v1/completions", {"model": self._model} | asked)
         places: list[dict[str, Any] | None] = reply["choices"][0].get("prompt_logprobs") or []
         if len(places) != len(ids) + 1:
             raise DataError(f"teacher.vllm: {self._url} said something about {len(places)} of {len(ids) + 1} places of a row")
@@ -80,16 +132,3 @@ class VllmBackend:
         each = left.log() - math.log(max(1, self._vocab_size - self._k))
         each = torch.minimum(each, log_probs[:, -1:] - BELOW_TOP)
         return each.repeat(1, self._vocab_size).scatter(1, top.long(), log_probs).float()
-
-    def _call(self, method: str, path: str, body: Any = None) -> Any:
-        try:
-            reply = self._session.request(method, self._url + path, json=body, timeout=TIMEOUT_S)
-        except requests.RequestException as error:
-            raise EnvironmentFault(f"teacher.vllm.url: {self._url} does not answer ({type(error).__name__})") from error
-        if reply.ok:
-            return reply.json()
-        said = " ".join(reply.text.split())[:160]
-        if "max allowed" in said:
-            raise SpecError(f"labels.k: more than {self._url} tells; start it with --max-logprobs {self._k}: {said}")
-        fault = SpecError if reply.status_code in (400, 404, 422) else EnvironmentFault
-        raise fault(f"teacher.vllm: {self._url} answered {reply.status_code}: {said}")

@@ -17,6 +17,7 @@ from orchestrator.store.records import MANIFEST, ShardRecord, TokenManifest
 from orchestrator.store.shards import TokenShard, read_tokens
 from orchestrator.teacher.backend import Teacher
 from orchestrator.teacher.make import make_teacher
+from orchestrator.teacher.probe import check_probe
 from orchestrator.teacher.task import Item, LabelTask
 
 
@@ -44,6 +45,9 @@ class ShardWriter:
             LabelLog(task.store, task.heldout.key), Codec(task.heldout.labels, Frame(*shape))
         )
         self._teacher: Teacher = make_teacher(task)
+        if task.vllm:
+            prompts = torch.from_numpy(self._tokens(Item(False, 0, 0)).ids)
+            check_probe(log, self._teacher, prompts, f"{task.vllm.model} at {task.vllm.url}")
 
     def committed(self, item: Item) -> ShardRecord | None:
         """The commit record of `item`, None if there is none."""
