@@ -188,7 +188,7 @@ def _label_missing(
         done += 1
         metrics = {names.SHARDS_COMMITTED: done, names.RESTARTS: float(lost)}
         if receipt["outcome"] == "labelled":
-            began = began or time.time() - receipt["seconds"]
+            began = began or time.time() - receipt["took_s"]
             made, rows, size = made + 1, rows + receipt["rows"], size + receipt["bytes"]
             metrics |= {
                 names.LABEL_TOKENS: receipt["rows"] * seq_len,

@@ -39,6 +39,8 @@ class Replica:
     gpus: float = 0
     patience_s: float = 60
     """A shard that shows no sign of life for so long is lost."""
+    call_s: float = 1800
+    """Loading, or one pass, that takes a sharded replica longer than this hangs."""
 
     @property
     def threads(self) -> int:

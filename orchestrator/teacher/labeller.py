@@ -1,5 +1,8 @@
 """The teacher actor: token shards in, committed label shards out, a small receipt of each through Ray.
 
+Two calls run at a time, each in a thread: while the labels of one shard are packed, hashed and committed, the teacher answers
+the next. A receipt leaves when its shard is committed.
+
 Before a shard is labelled it is looked for in the log and claimed (store/claims.py). One that another run has claimed is
 deferred: it is put on the board, and whichever actor of this run is next at leisure looks after it, until it is committed or
 may be labelled here.
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 import weakref
 from typing import Any
@@ -24,7 +28,7 @@ from orchestrator.runtime.board import STUDENT_SHARDS
 from orchestrator.store.records import ShardRecord
 from orchestrator.teacher.placement import leave_placement
 from orchestrator.teacher.task import Item, LabelTask, Outcome
-from orchestrator.teacher.writer import ShardWriter
+from orchestrator.teacher.writer import Asked, ShardWriter
 
 WAIT_S, SETTLE_EVERY_S = 0.2, 1.0
 SETBACKS = 3
@@ -36,12 +40,14 @@ Receipt = dict[str, Any]
 
 
 class Labeller:
-    """Actor of the teacher pool. One call labels and commits the shards of one batch, in order."""
+    """Actor of the teacher pool. One call labels and commits the shards of one batch, in order; safe for several threads."""
 
     def __init__(self, task: LabelTask) -> None:
         self._task, self._board = task, task.board
         self._replica: str = ray.get_runtime_context().get_actor_id() or "no actor"
         self._refusal: Exception | None = None
+        self._turn = threading.Lock()
+        """Held by the call that has the teacher."""
         try:
             self._start()
         except Exception as error:
@@ -75,16 +81,17 @@ class Labeller:
         Returns its receipt, after those of deferred items that were settled on the way. Raises `ResumableError` if the
         student that the labels must not run ahead of will never come.
         """
-        receipts = self._settle_deferred()
-        began_s, idle_s = time.time(), time.perf_counter() - self._idle_since
-        blocked_s, settled = (0.0, []) if item.heldout else self._wait_for_student(item.position)
-        receipts += settled
-        started = time.perf_counter()
-        outcome, record = self._attempt(item)
-        if outcome == "deferred":
+        with self._turn:
+            receipts = self._settle_deferred()
+            watch = _StopWatch(self._idle_since)
+            if not item.heldout:
+                receipts += self._wait_for_student(item.position, watch)
+            begun = self._begin(item, watch)
+        if isinstance(begun, Asked):
+            return [*receipts, self._finish(begun, watch)]
+        if begun is None:
             self._board.defer.remote(tuple(item))
-        receipts.append(self._receipt(item, outcome, record, began_s, started) | {"idle_s": idle_s, "blocked_s": blocked_s})
-        return receipts
+        return [*receipts, self._receipt(item, "found" if begun else "deferred", begun, watch)]
 
     def _settle_deferred(self) -> list[Receipt]:
         """Label what was deferred and may be labelled now; receipts of that, and of what others have committed."""
@@ -92,55 +99,60 @@ class Labeller:
         if time.monotonic() - self._settled < SETTLE_EVERY_S:
             return receipts
         for item in itertools.starmap(Item, ray.get(self._board.deferred.remote())):
-            began_s, started = time.time(), time.perf_counter()
-            outcome, record = self._attempt(item)
-            if outcome != "deferred" and ray.get(self._board.settle.remote(tuple(item))):
-                receipts.append(self._receipt(item, outcome, record, began_s, started))
+            watch = _StopWatch(time.perf_counter())
+            begun = self._begin(item, watch)
+            if begun is None:
+                continue
+            receipt = self._finish(begun, watch) if isinstance(begun, Asked) else self._receipt(item, "found", begun, watch)
+            if ray.get(self._board.settle.remote(tuple(item))):
+                receipts.append(receipt)
         self._settled = time.monotonic()
         return receipts
 
-    def _attempt(self, item: Item) -> tuple[Outcome, ShardRecord | None]:
-        """Label `item` if it is neither committed nor claimed elsewhere; its commit record unless it is to be deferred."""
-        record, claims = self._shards.committed(item), self._task.claims
-        if record is not None:
-            return "found", record
-        if not claims.take(item.claim, by=self._replica):
-            return "deferred", None
-        outcome, record = "found", self._shards.committed(item)  # since the first look it may have been
-        if record is None:
-            outcome, record = "labelled", self._shards.write(item)
-            self._board.replica_labelled.remote(self._replica)
-        claims.release(item.claim)
-        return outcome, record
+    def _begin(self, item: Item, watch: _StopWatch) -> ShardRecord | Asked | None:
+        """Ask the teacher about `item`; or its commit record if it has one, or None if it is claimed elsewhere."""
+        watch.begin()
+        try:
+            found, claims = self._shards.committed(item), self._task.claims
+            if found is not None or not claims.take(item.claim, by=self._replica):
+                return found
+            found = self._shards.committed(item)  # since the first look somebody may have committed it
+            if found is not None:
+                claims.release(item.claim)
+                return found
+            return self._shards.ask(item)
+        finally:
+            watch.end()
+            self._idle_since = time.perf_counter()
 
-    def _receipt(self, item: Item, outcome: Outcome, record: ShardRecord | None, began_s: float, started: float) -> Receipt:
-        self._idle_since = time.perf_counter()
-        return {
+    def _finish(self, asked: Asked, watch: _StopWatch) -> Receipt:
+        """Commit what the teacher has said."""
+        record = self._shards.commit(asked)
+        self._board.replica_labelled.remote(self._replica)
+        self._task.claims.release(asked.item.claim)
+        return self._receipt(asked.item, "labelled", record, watch)
+
+    def _receipt(self, item: Item, outcome: Outcome, record: ShardRecord | None, watch: _StopWatch) -> Receipt:
+        return watch.figures() | {
             "heldout": item.heldout,
             "outcome": outcome,
             "rows": record.rows if record else 0,
             "bytes": record.bytes if record else 0,
-            "seconds": self._idle_since - started,
-            "blocked_s": 0.0,
-            "idle_s": 0.0,
-            "began_s": began_s,
             "replica": self._replica,
             "process": os.getpid(),
         }
 
-    def _wait_for_student(self, position: int) -> tuple[float, list[Receipt]]:
-        """Wait until the student is close enough behind, and settle deferred items meanwhile.
-
-        Returns the seconds that were spent waiting, and the receipts.
-        """
+    def _wait_for_student(self, position: int, watch: _StopWatch) -> list[Receipt]:
+        """Wait until the student is close enough behind, and settle deferred items meanwhile; their receipts."""
         ahead, receipts = self._task.labels.run_ahead, list[Receipt]()
         if ahead is None:
-            return 0.0, receipts
+            return receipts
         started = time.perf_counter()
         while True:
             progress: dict[str, float] = ray.get(self._board.progress.remote())
             if position < progress.get(f"student.{STUDENT_SHARDS}", 0) + ahead:
-                return time.perf_counter() - started - sum(r["seconds"] for r in receipts), receipts
+                watch.blocked_s = time.perf_counter() - started - sum(r["seconds"] for r in receipts)
+                return receipts
             reason = ray.get(self._board.aborted.remote())
             if reason:
                 raise ResumableError(f"labelling stopped: {reason}")
@@ -155,3 +167,31 @@ class Labeller:
             ray.get(self._board.replica_failed.remote(self._replica, text))
             ray.get(self._board.warn.remote(f"labels: a teacher replica is started anew: {text}"))
             os._exit(FAULTY)
+
+
+class _StopWatch:
+    """The times of one item."""
+
+    def __init__(self, idle_since: float) -> None:
+        """`idle_since` is the time, by the performance counter, at which the teacher had its last item behind it."""
+        self._began_s, self._idle_s = time.time(), time.perf_counter() - idle_since
+        self.blocked_s = 0.0
+        self._begin = self._end = 0.0
+
+    def begin(self) -> None:
+        """From now on the teacher is busy with the item."""
+        self._begin = time.perf_counter()
+
+    def end(self) -> None:
+        """From now on it is not."""
+        self._end = time.perf_counter()
+
+    def figures(self) -> dict[str, float]:
+        """When the item was taken up, and the seconds: idle and blocked before it, busy with it, and in all until now."""
+        return {
+            "began_s": self._began_s,
+            "idle_s": self._idle_s,
+            "blocked_s": self.blocked_s,
+            "seconds": self._end - self._begin,
+            "took_s": time.perf_counter() - self._begin,
+        }

@@ -19,6 +19,10 @@ from orchestrator.teacher.placement import Placement
 from orchestrator.teacher.task import Item, LabelTask
 
 LOOK_EVERY_S = 1.0
+CALLS = 2
+"""Shards that an actor has at a time: one that its teacher answers, and one that is packed and committed."""
+GROW_AT = 0.75
+"""The share of `CALLS` in use from which the pool grows; Ray Data's own, 1.75, is meant for calls that queue."""
 
 
 def label_shards(
@@ -45,7 +49,13 @@ def _pass(task: LabelTask, items: list[Item], replicas: Replicas, placement: Pla
     """Hand out `items` once; yields their receipts."""
     quiet_ray_data()
     rows = [item._asdict() for item in items]
-    pool = ray.data.ActorPoolStrategy(min_size=replicas.min, max_size=replicas.max, max_tasks_in_flight_per_actor=2)
+    pool = ray.data.ActorPoolStrategy(
+        min_size=replicas.min,
+        max_size=replicas.max,
+        max_tasks_in_flight_per_actor=CALLS,
+        max_concurrent_calls_per_actor=CALLS,
+        enable_true_multi_threading=True,
+    )
     with placement:
         placement.reserve(replicas.min)
         receipts = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches_internal(
@@ -59,6 +69,7 @@ def _pass(task: LabelTask, items: list[Item], replicas: Replicas, placement: Pla
             # map_batches takes it too, with a warning that it will go with Ray 2.64.
             ray_remote_args_fn=placement.options,
         )
+        receipts.context.autoscaling_config.actor_pool_util_upscaling_threshold = GROW_AT
         pace = Pace([item.position for item in items], task.labels.run_ahead, task.board)
         pace.govern(receipts)
         for receipt in receipts.iter_rows():

@@ -9,7 +9,7 @@ import torch
 from orchestrator.errors import DataError
 from orchestrator.labels.basis import bases_of
 from orchestrator.labels.codec import Codec
-from orchestrator.labels.layout import Arrays, Columns, Frame, join
+from orchestrator.labels.layout import Arrays, Frame, join
 from orchestrator.runtime.environment import limit_threads
 from orchestrator.store.heldout import watched_rows
 from orchestrator.store.label_log import LabelLog
@@ -27,6 +27,15 @@ class _Book:
 
     log: LabelLog
     codec: Codec
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A shard that the teacher has answered, and whose labels are not committed yet."""
+
+    item: Item
+    tokens: TokenShard
+    parts: list[Arrays]
 
 
 class ShardWriter:
@@ -53,10 +62,15 @@ class ShardWriter:
         """The commit record of `item`, None if there is none."""
         return self._book(item).log.committed(item.shard)
 
-    def write(self, item: Item) -> ShardRecord:
-        """Label and commit `item`; raises `DataError` for a teacher that answers nonsense."""
-        tokens, book = self._tokens(item), self._book(item)
-        return book.log.commit(item.shard, tokens, self._encode(book, item.shard, tokens))
+    def ask(self, item: Item) -> Asked:
+        """Have the teacher answer all rows of `item`; raises `DataError` for one that answers nonsense."""
+        tokens = self._tokens(item)
+        return Asked(item, tokens, self._answers(self._book(item), item.shard, tokens))
+
+    def commit(self, asked: Asked) -> ShardRecord:
+        """Pack the labels of a shard, and commit them; another thread may ask the teacher meanwhile."""
+        book = self._book(asked.item)
+        return book.log.commit(asked.item.shard, asked.tokens, book.codec.pack(join(asked.parts)))
 
     def _book(self, item: Item) -> _Book:
         book = self._heldout if item.heldout else self._train
@@ -70,8 +84,8 @@ class ShardWriter:
             return watched_rows(store, folder, self._manifest, self._task.heldout.rows)
         return read_tokens(store, f"{folder}/train", self._manifest.train[item.shard])
 
-    def _encode(self, book: _Book, shard: int, tokens: TokenShard) -> Columns:
-        """The label columns of a whole shard."""
+    def _answers(self, book: _Book, shard: int, tokens: TokenShard) -> list[Arrays]:
+        """What is kept of the teacher's answers to a whole shard, by micro-batch."""
         parts: list[Arrays] = []
         ids, size, vocab = torch.from_numpy(tokens.ids[:, :-1]).long(), self._task.micro_batch, self._task.vocab_size
         if int(ids.max()) >= vocab:
@@ -87,4 +101,4 @@ class ShardWriter:
                 parts.append(book.codec.extract(answer, seeds))
             except DataError as error:
                 raise DataError(f"label shard {shard}, rows from {start}: {error}") from error
-        return book.codec.pack(join(parts))
+        return parts

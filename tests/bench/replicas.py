@@ -133,7 +133,7 @@ def bare(work: LabelTask) -> Figures:
             began, started = time.process_time(), time.perf_counter()
         if shard == LAST:
             wall_s, cpu_s = time.perf_counter() - started, time.process_time() - began
-        writer.write(Item(False, shard, shard))
+        writer.commit(writer.ask(Item(False, shard, shard)))
     return {"tokens_per_s": TOKENS / wall_s, "tokens_per_cpu_s": TOKENS / cpu_s, "shard_ms": 1000 * wall_s / (LAST - WARM)}
 
 
