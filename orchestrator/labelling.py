@@ -100,7 +100,7 @@ def _named_server(run: Run) -> VllmServer | None:
     from orchestrator.teacher.vllm import find_served
 
     assert isinstance(spec, TransformersTeacher)
-    key = f"teacher/vllm/{fingerprint('vllm', server.url)}.json"
+    key = f"names/{fingerprint('vllm', server.url)}.json"
     try:
         served = find_served(server)
     except EnvironmentFault:

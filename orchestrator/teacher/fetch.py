@@ -42,7 +42,7 @@ def fetch_teacher(store: Store, teacher: TransformersTeacher | GgufTeacher) -> M
     if isinstance(teacher, GgufTeacher):
         return _converted_gguf(store, teacher)
     on_hub = local_checkpoint(teacher.path) is None
-    name = f"teacher/hub/{fingerprint('hub', teacher.path, teacher.revision)}.json"
+    name = f"names/{fingerprint('hub', teacher.path, teacher.revision)}.json"
     try:
         folder = checkpoint_folder(teacher.path, teacher.revision, "teacher.path")
     except EnvironmentFault:

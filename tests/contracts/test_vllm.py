@@ -242,7 +242,7 @@ def test_the_first_models_name_is_looked_up(server: Server, store: LocalStore, m
     assert named("maker/next") == "next", "and so labels go into another log"
     monkeypatch.setattr(server, "key", "a key that we lack")
     assert named("maker/next") == "next", "a server that does not answer stands for what it last served"
-    store.remove("teacher/vllm")
+    store.remove("names")
     with pytest.raises(EnvironmentFault):
         named("maker/next")
 
