@@ -1,4 +1,4 @@
-"""The labelling of a run: which labels the student demands, which are there, and the teacher pool that makes the others."""
+"""The labelling of a run: find the labels that the student demands, and have the teacher pool make those that are missing."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from orchestrator.teacher.usage import Usage
 
 HELDOUT_IDS = 128
-"""Of a teacher's distribution on a held-out row, so many ids are told apart."""
+"""The k of the top-k labels of held-out rows."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What the student's training asks of a label log."""
+    """The labels that the student's training needs."""
 
     log: LabelLog
     student: TrainingJob
     shards: list[int]
-    """In the order in which training wants them."""
+    """The numbers of the shards, in the order in which training wants them."""
     heldout: HeldoutLog | None
     """The label log of the held-out rows that training is evaluated on."""
     server: VllmServer | None
@@ -56,13 +56,13 @@ class Labelled:
     ledger: Ledger
     reused_shards: int
     tokens_per_s: float | None
-    """Of all teacher actors together; None if nothing was left to label."""
+    """The speed of all teacher actors together; None if nothing was left to label."""
     blocked_fraction: float | None
-    """Share of the teacher's time spent waiting for the student."""
+    """The share of the teacher's time that was spent waiting for the student."""
 
 
 def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | Initial) -> Demand:
-    """The log that holds exactly this teacher's labels of these tokens, and the demand of this student on it."""
+    """Open the log of this teacher's labels of these tokens, and work out which of them the student needs."""
     job, vocab, server = run.job, teacher.manifest.vocab_size, _named_server(run)
     arithmetic = f"vllm {server.model}" if server else job.teacher.dtype
     teacher_identity = {"content": teacher.manifest.content, "dtype": arithmetic}
@@ -90,7 +90,7 @@ def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | I
 
 
 def _named_server(run: Run) -> VllmServer | None:
-    """The server that labels in place of the teacher, with the name of its model; None if there is no such server.
+    """Return the server that labels in place of the teacher, with the name of its model; None if there is no such server.
 
     A server that does not answer stands for the model that it served when it last did: the labels made then can be used.
     """
@@ -115,7 +115,7 @@ def _named_server(run: Run) -> VllmServer | None:
 
 
 def _open_heldout(run: Run, identity: dict[str, Any], vocab: int) -> HeldoutLog | None:
-    """The log of what the same teacher says on the held-out rows that training is evaluated on.
+    """Open the log of the same teacher's labels of the held-out rows that training is evaluated on.
 
     As exact as top-k labels are worth; where a server answers, as exact as it was asked to be for training.
     """
@@ -129,7 +129,7 @@ def _open_heldout(run: Run, identity: dict[str, Any], vocab: int) -> HeldoutLog 
 
 
 def label(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Labelled:
-    """Have the teacher pool label what is demanded and not yet in the log; seal the demand.
+    """Have the teacher pool label the shards that are demanded and missing in the log, and seal the demand.
 
     The demand is that of all steps, also where the student's training may stop before them.
     """
@@ -203,12 +203,12 @@ def _label_missing(
 
 
 def _unlabelled(run: Run, demand: Demand) -> HeldoutLog | None:
-    """The held-out log, if there is nothing in it yet."""
+    """Return the held-out log if there is nothing in it yet, else None."""
     return demand.heldout if demand.heldout and LabelLog(run.store, demand.heldout.key).missing([0]) else None
 
 
 def _of_pool(receipt: Mapping[str, Any], usage: Usage) -> dict[str, float]:
-    """Metrics of the pool after `receipt`, and of the replica that it came from, if it names one."""
+    """Return metrics of the pool after `receipt`, and of the replica that it came from, if it names one."""
     if "replica" not in receipt:
         return {}
     number = list(usage.replicas).index(receipt["replica"])
@@ -225,14 +225,14 @@ def _of_pool(receipt: Mapping[str, Any], usage: Usage) -> dict[str, float]:
 
 
 def _pool_size(job: Job) -> Replicas:
-    """As many replicas as were asked for, but no more than the cluster has room for beside the student."""
+    """Return as many replicas as were asked for, but no more than the cluster has room for beside the student."""
     least, most = job.teacher.replicas.min, job.teacher.replicas.max
     room = replicas_that_fit(replica_takes(job.teacher), beside=training_takes(job.train))
     return Replicas(min=least, max=max(least, min(most, room)))
 
 
 def _task(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> LabelTask:
-    """The task of the teacher's actors."""
+    """Return the task of the teacher's actors."""
     from orchestrator.teacher.task import LabelTask
 
     spec = run.job.teacher
@@ -253,7 +253,7 @@ def _task(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
 
 
 def replica_of(spec: TeacherBase, teacher: ModelFolder, features: tuple[str, ...] = ()) -> Replica:
-    """What every replica of `teacher` consists of, with the inner `features` that it is to tell."""
+    """Return the make-up of every replica of `teacher`, with the inner `features` that it is to tell."""
     from orchestrator.teacher.backend import Replica
 
     return Replica(teacher.address, spec.dtype, features, spec.shards, spec.cpus_per_shard, spec.gpus_per_shard)

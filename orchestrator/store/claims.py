@@ -1,4 +1,4 @@
-"""Labelling that several runs share: who is about to label which shard of a log, so that no two of them label the same.
+"""Claims on the shards of a label log, by which several runs that need the same labels share the work.
 
     labels/<key>/writers/<writer>.json   a heartbeat: rewritten every few seconds while this run labels
                  claims/<name>.json      put-if-absent: the writer, and the process of it, that is about to commit `name`
@@ -52,7 +52,7 @@ class Claims:
         return self.store.put_if_absent(key, claim)
 
     def is_free(self, name: str) -> bool:
-        """Whether no other live writer has claimed `name`."""
+        """Return whether no other live writer has claimed `name`."""
         writer = self._writer_of(f"{self.folder}/{CLAIMS}/{name}.json")
         return writer is None or writer == self.writer or not self._lives(writer)
 
@@ -88,11 +88,11 @@ class Claims:
                 self._release_all()
 
     def heartbeat(self, writer: str) -> str:
-        """The key of the heartbeat of `writer`."""
+        """Return the key of the heartbeat of `writer`."""
         return f"{self.folder}/{WRITERS}/{writer}.json"
 
     def writers(self) -> list[str]:
-        """The writers that have a heartbeat."""
+        """Return the writers that have a heartbeat."""
         return [name.removesuffix(".json") for name in self.store.keys(f"{self.folder}/{WRITERS}")]
 
     def _lives(self, writer: str) -> bool:

@@ -29,13 +29,13 @@ BESIDE = ("generation_config.json", INDEX, CARD)
 
 
 class _Imported(Record):
-    """The place in the storage of what a name on a hub stood for when it was last fetched."""
+    """The place in the storage of the model that a name on a hub stood for when it was last fetched."""
 
     key: str
 
 
 def fetch_teacher(store: Store, teacher: TransformersTeacher | GgufTeacher) -> ModelFolder:
-    """The teacher's folder, hashed; raises `SpecError` if it lacks what a teacher needs.
+    """Return the teacher's folder with the hashes of its files; raises `SpecError` if it lacks what a teacher needs.
 
     A hub that cannot be reached is no error for a name whose model is in the storage.
     """
@@ -60,17 +60,17 @@ def fetch_teacher(store: Store, teacher: TransformersTeacher | GgufTeacher) -> M
 
 
 def _described(store: Store, path: str, folder: Path) -> ModelManifest:
-    """The manifest of the teacher in `folder`, that the job file calls `path`."""
+    """Return the manifest of the teacher in `folder`, which the job file calls `path`."""
     if not (folder / "tokenizer.json").is_file():
         raise SpecError(f"teacher.path: {folder} has no tokenizer.json")
-    head_tensors(folder, "teacher.path")  # what hidden states are nothing without; told before anything is labelled
+    head_tensors(folder, "teacher.path")  # refuses a model without a head before anything is labelled
     names = ["config.json", *(file.name for file in weight_files(folder)), *tokenizer_files(folder)]
     ids = vocab_size_of(folder, "teacher.path")
     return ModelManifest(fingerprint=path, files=describe_known(store, folder, names), vocab_size=ids)
 
 
 def _import(store: Store, source: Path, described: ModelManifest) -> tuple[str, ModelFolder]:
-    """Copy a model from the cache of a hub into the storage, unless it is there; its key, and its folder there."""
+    """Copy a model from the cache of a hub into the storage, unless it is there; returns its key and its folder there."""
     beside = describe_known(store, source, [name for name in BESIDE if (source / name).is_file()])
     key = f"teacher/{fingerprint('hub', described.files, beside)}"
     found = _in_storage(store, key)
@@ -85,7 +85,7 @@ def _import(store: Store, source: Path, described: ModelManifest) -> tuple[str, 
 
 
 def _in_storage(store: Store, key: str) -> ModelFolder | None:
-    """The model that was imported under `key`; None if there is none, or not any more what it was."""
+    """Return the model that was imported under `key`; None if there is none, or if its files have changed since."""
     manifest = ModelManifest.load(store, f"{key}/{MANIFEST}")
     try:
         files = {} if manifest is None else describe_known(store, store.local(f"{key}/{MODEL}"), manifest.files)
@@ -107,7 +107,7 @@ def _converted_gguf(store: Store, teacher: GgufTeacher) -> ModelFolder:
 
 
 def _gguf_file(store: Store, teacher: GgufTeacher) -> tuple[str, str]:
-    """Address of the folder that holds the teacher's file, and the name of the file."""
+    """Return the address of the folder that holds the teacher's file, and the name of the file."""
     if teacher.file is not None:
         file = Path(teacher.file).expanduser().absolute()
         if not file.is_file():

@@ -35,11 +35,11 @@ from orchestrator.teacher.placement import in_bundle
 
 BEAT_S = 1.0
 START_S = 600.0
-"""For all shards to be up: starting a process and reading weights take long on a busy machine."""
+"""Seconds for all shards to be up; to start a process and to read weights take long on a busy machine."""
 LOST = 17
-"""Exit code of a process that has lost its gang; any but 0 is a crash to Ray."""
+"""The exit code of a process that has lost its gang; any but 0 is a crash to Ray."""
 BLAME_S = 5.0
-"""How long a leader waits to hear why another shard failed."""
+"""Seconds that a leader waits to hear why another shard failed."""
 
 
 class Gang:
@@ -77,7 +77,7 @@ class Gang:
         return self._together("logits", states.shape, own=partial(self._backend.head, states))
 
     def _together(self, method: str, *args: Any, own: Callable[[], Any]) -> Any:
-        """What `own` returns, while the other shards run `method`."""
+        """Run `own` while the other shards run `method`; returns what `own` returns."""
         calls = [getattr(other, method).remote(*args) for other in self._others]
         try:
             with self._calls.one():
@@ -88,7 +88,7 @@ class Gang:
 
 @ray.remote
 class TeacherShard:
-    """Any shard of a gang but the first."""
+    """The actor of every shard of a gang but the first."""
 
     def __init__(self, replica: Replica, shard: int, contact: tuple[str, int], leader: Any) -> None:
         limit_threads(replica.threads)
@@ -146,7 +146,7 @@ class _Calls:
 
     @property
     def hang(self) -> bool:
-        """Whether one has begun and not come back for too long, as when a kernel waits for what never comes."""
+        """True if a call began too long ago and has not come back, as when a kernel waits for a peer that never comes."""
         began = self._began
         return began is not None and time.monotonic() - began > self._longest_s
 
@@ -191,7 +191,7 @@ def _follow(leader: Any, silent: bool) -> None:
 
 
 def _cause(error: Exception, calls: list[Any]) -> BaseException:
-    """What went wrong in a gang of which this process saw `error`; if another process is gone or hangs, this one ends too."""
+    """Find the first cause in a gang of which this process saw `error`; ends this process if another is gone or hangs."""
     ended, hanging = ray.wait(calls, num_returns=len(calls), timeout=BLAME_S)
     raised = [other for call in ended if (other := _raised(call)) is not None]
     if hanging or any(isinstance(other, RayError) for other in raised):
@@ -203,7 +203,7 @@ def _cause(error: Exception, calls: list[Any]) -> BaseException:
 
 
 def _raised(call: Any) -> BaseException | None:
-    """What `call` raised there, or an error of Ray's own if its process is gone."""
+    """Return what `call` raised in its process, or Ray's own error if that process is gone; None if it raised nothing."""
     try:
         ray.get(call)
     except RayTaskError as error:

@@ -36,7 +36,7 @@ FAULTY = 18
 """The exit code of a process whose accelerator has failed; any but 0 is a crash to Ray."""
 
 Receipt = dict[str, Any]
-"""What became of one item, and the time it took."""
+"""The outcome of one item, and the time it took."""
 
 
 class Labeller:
@@ -94,7 +94,7 @@ class Labeller:
         return [*receipts, self._receipt(item, "found" if begun else "deferred", begun, watch)]
 
     def _settle_deferred(self) -> list[Receipt]:
-        """Label what was deferred and may be labelled now; receipts of that, and of what others have committed."""
+        """Label what was deferred and may be labelled now; returns receipts of that, and of what others have committed."""
         receipts: list[Receipt] = []
         if time.monotonic() - self._settled < SETTLE_EVERY_S:
             return receipts
@@ -110,7 +110,10 @@ class Labeller:
         return receipts
 
     def _begin(self, item: Item, watch: _StopWatch) -> ShardRecord | Asked | None:
-        """Ask the teacher about `item`; or its commit record if it has one, or None if it is claimed elsewhere."""
+        """Claim `item` and ask the teacher about it.
+
+        Returns its commit record instead if it has one, and None if it is claimed elsewhere.
+        """
         watch.begin()
         try:
             found, claims = self._shards.committed(item), self._task.claims
@@ -126,7 +129,7 @@ class Labeller:
             self._idle_since = time.perf_counter()
 
     def _finish(self, asked: Asked, watch: _StopWatch) -> Receipt:
-        """Commit what the teacher has said."""
+        """Commit the labels of a shard that the teacher has answered; returns its receipt."""
         record = self._shards.commit(asked)
         self._board.replica_labelled.remote(self._replica)
         self._task.claims.release(asked.item.claim)
@@ -143,7 +146,7 @@ class Labeller:
         }
 
     def _wait_for_student(self, position: int, watch: _StopWatch) -> list[Receipt]:
-        """Wait until the student is close enough behind, and settle deferred items meanwhile; their receipts."""
+        """Wait until the student is close enough behind, and settle deferred items meanwhile; returns their receipts."""
         ahead, receipts = self._task.labels.run_ahead, list[Receipt]()
         if ahead is None:
             return receipts
@@ -173,21 +176,21 @@ class _StopWatch:
     """The times of one item."""
 
     def __init__(self, idle_since: float) -> None:
-        """`idle_since` is the time, by the performance counter, at which the teacher had its last item behind it."""
+        """Start; `idle_since` is when, by the performance counter, the teacher was done with its last item."""
         self._began_s, self._idle_s = time.time(), time.perf_counter() - idle_since
         self.blocked_s = 0.0
         self._begin = self._end = 0.0
 
     def begin(self) -> None:
-        """From now on the teacher is busy with the item."""
+        """Note that the teacher begins with the item."""
         self._begin = time.perf_counter()
 
     def end(self) -> None:
-        """From now on it is not."""
+        """Note that the teacher has done its part."""
         self._end = time.perf_counter()
 
     def figures(self) -> dict[str, float]:
-        """When the item was taken up, and the seconds: idle and blocked before it, busy with it, and in all until now."""
+        """Return when the item was taken up, and seconds: idle and blocked before it, busy with it, and in all."""
         return {
             "began_s": self._began_s,
             "idle_s": self._idle_s,

@@ -14,9 +14,9 @@ from orchestrator.store.label_log import LabelLog
 from orchestrator.teacher.backend import Teacher
 
 PROBE = "probe"
-"""Name under which a label log keeps its probe."""
+"""The name under which a label log keeps its probe."""
 ROWS, TOKENS = 4, 64
-"""Size of the prompts: the beginnings of the first rows of a token shard."""
+"""The size of the prompts: the beginnings of the first rows of a token shard."""
 MOST_NATS, MOST_OTHERS = 0.05, 0.1
 """The median change of the likeliest id's log-probability, and the share of positions with another likeliest id, at which a
 model is another. Rounding, in another batch or on another device, changes a bf16 model's log-probabilities by about 0.01."""
@@ -31,14 +31,14 @@ class Probe(BaseModel):
 
     @classmethod
     def of(cls, teacher: Teacher, prompts: list[list[int]]) -> Probe:
-        """The answers of `teacher` to `prompts`, all of one length."""
+        """Ask `teacher` about `prompts`, all of one length."""
         logits = torch.cat(list(teacher.answer(torch.tensor(prompts)).logits()))
         log_probs, ids = logits.float().log_softmax(-1).max(-1)
         shape = (len(prompts), -1)
         return cls(prompts=prompts, likeliest=ids.view(shape).tolist(), log_probs=log_probs.view(shape).tolist())
 
     def change(self, other: Probe) -> tuple[float, float]:
-        """The median change in nats where the same id is the likeliest, and the share of positions where another one is."""
+        """Return the median change in nats where the same id is the likeliest, and the share of positions where another is."""
         same = torch.tensor(self.likeliest) == torch.tensor(other.likeliest)
         nats = (torch.tensor(self.log_probs) - torch.tensor(other.log_probs)).abs()[same]
         return float(nats.median()) if len(nats) else 0.0, 1 - float(same.float().mean())

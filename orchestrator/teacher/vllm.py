@@ -24,14 +24,14 @@ from orchestrator.runtime.environment import vllm_key
 from orchestrator.spec.model import VllmServer
 
 TRIES = Retry(total=8, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504), allowed_methods=None, raise_on_status=False)
-"""Waits of 0.5 to 64 seconds: a server that is started again is back by then."""
+"""Repeats after 0.5 to 64 seconds; a server that is started again is back by then."""
 TIMEOUT_S = 600.0
 ANY_ID = 0
-"""Ends every prompt, because what is said about the place after the last id is said about one that stands there."""
+"""The id that ends every prompt: a server tells log-probabilities only of places at which an id stands."""
 ROUNDING = 1e-3
-"""What probabilities may sum to above 1."""
+"""How far above 1 probabilities may sum."""
 BELOW_TOP = 1e-3
-"""Nats by which ids that were not named stay under those that were, whatever rounding says."""
+"""Nats by which ids that were not named stay below those that were, whatever rounding does."""
 
 
 class Served(NamedTuple):
@@ -42,12 +42,12 @@ class Served(NamedTuple):
     """The path or hub name that it was loaded from, as the server tells it; its name if the server does not."""
 
     def is_called(self, path: str) -> bool:
-        """Whether its name or its root ends as `path` does."""
+        """Return whether its name or its root ends as `path` does."""
         return Path(path).name in (Path(self.name).name, Path(self.root).name)
 
 
 def find_served(server: VllmServer) -> Served:
-    """The model that `server` names, or the first that it serves if it names none.
+    """Find the model that `server` names, or the first that it serves if it names none.
 
     Raises `SpecError` for a name that is not served, and `EnvironmentFault` for a server that does not answer.
     """
@@ -66,7 +66,7 @@ class _Client:
             self._session.headers["Authorization"] = f"Bearer {key}"
 
     def find(self, name: str | None) -> Served:
-        """As `find_served`."""
+        """Find a model as `find_served` does."""
         served = [Served(model["id"], model.get("root") or model["id"]) for model in self.call("GET", "/v1/models")["data"]]
         found = next((model for model in served if name in (None, model.name)), None)
         if found is None:
@@ -75,7 +75,7 @@ class _Client:
         return found
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """The parsed reply; raises `SpecError` for a request that the server refuses, and otherwise `EnvironmentFault`."""
+        """Return the parsed reply; raises `SpecError` for a request that the server refuses, else `EnvironmentFault`."""
         try:
             reply = self._session.request(method, self.url + path, json=body, timeout=TIMEOUT_S)
         except requests.RequestException as error:
@@ -94,7 +94,7 @@ class VllmBackend:
     """A model that a vLLM server serves; safe to use from one thread, asks for all rows at once."""
 
     def __init__(self, server: VllmServer, k: int, vocab_size: int) -> None:
-        """Raises `SpecError` where the server does not serve what is needed, `EnvironmentFault` where it does not answer."""
+        """Connect; raises `SpecError` if the server does not serve what is needed, `EnvironmentFault` if it does not answer."""
         self._client, self._k, self._vocab_size = _Client(server.url), k, vocab_size
         self._url = self._client.url
         self._model = self._client.find(server.model).name
@@ -106,7 +106,7 @@ class VllmBackend:
         return Answer(torch.stack(rows), self._spread, self._vocab_size)
 
     def _ask(self, ids: list[int]) -> torch.Tensor:
-        """The k most likely ids after each of `ids`, and their log-probabilities, side by side [seq, 2 k]."""
+        """Return the k most likely ids after each of `ids`, and their log-probabilities, side by side [seq, 2 k]."""
         asked = {"prompt": [*ids, ANY_ID], "prompt_logprobs": self._k, "max_tokens": 1, "temperature": 0}
         reply = self._client.call("POST", "/v1/completions", {"model": self._model} | asked)
         places: list[dict[str, Any] | None] = reply["choices"][0].get("prompt_logprobs") or []
@@ -126,7 +126,7 @@ class VllmBackend:
         return torch.tensor([*top, *log_probs], dtype=torch.float64)
 
     def _spread(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits [n, vocab]: what was said [n, 2 k], and what is left over spread evenly."""
+        """Return logits [n, vocab] of what the server told [n, 2 k]; the mass that is left over is spread evenly."""
         top, log_probs = states.chunk(2, -1)
         left = (-torch.expm1(log_probs.logsumexp(-1, keepdim=True))).clamp_min(torch.finfo(torch.float64).tiny)
         each = left.log() - math.log(max(1, self._vocab_size - self._k))

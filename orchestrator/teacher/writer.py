@@ -59,7 +59,7 @@ class ShardWriter:
             check_probe(log, self._teacher, prompts, f"{task.vllm.model} at {task.vllm.url}")
 
     def committed(self, item: Item) -> ShardRecord | None:
-        """The commit record of `item`, None if there is none."""
+        """Return the commit record of `item`, None if there is none."""
         return self._book(item).log.committed(item.shard)
 
     def ask(self, item: Item) -> Asked:
@@ -85,7 +85,7 @@ class ShardWriter:
         return read_tokens(store, f"{folder}/train", self._manifest.train[item.shard])
 
     def _answers(self, book: _Book, shard: int, tokens: TokenShard) -> list[Arrays]:
-        """What is kept of the teacher's answers to a whole shard, by micro-batch."""
+        """Return the parts of the teacher's answers that are kept, by micro-batch."""
         parts: list[Arrays] = []
         ids, size, vocab = torch.from_numpy(tokens.ids[:, :-1]).long(), self._task.micro_batch, self._task.vocab_size
         if int(ids.max()) >= vocab:
