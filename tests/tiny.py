@@ -137,6 +137,10 @@ class Command:
         self._titles: set[str] = set()
 
     @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
     def running(self) -> bool:
         return self._popen.poll() is None
 

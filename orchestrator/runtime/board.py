@@ -29,6 +29,9 @@ class Board:
         self._progress: dict[str, float] = {}
         self._aborted: str | None = None
         self._saves = 0
+        self._deferred: dict[tuple[Any, ...], None] = {}
+        self._setbacks: dict[str, tuple[int, str]] = {}
+        """By teacher replica: how often a process of it has ended since it last labelled a shard, and the last cause told."""
 
     def post(self, stage: str, points: list[tuple[int, dict[str, float]]]) -> None:
         """Put up metrics of `stage`: (step, value by name), oldest first."""
@@ -79,6 +82,39 @@ class Board:
     def wanted(self) -> tuple[str | None, int]:
         """Return the reason of an abort, and how many checkpoints have been asked for."""
         return self._aborted, self._saves
+
+    # Labelling.
+
+    def defer(self, item: tuple[Any, ...]) -> None:
+        """Put up a shard that another run has claimed, for any replica of this run to look after."""
+        self._deferred[item] = None
+
+    def deferred(self) -> list[tuple[Any, ...]]:
+        """The shards that were put up and are not settled, oldest first."""
+        return list(self._deferred)
+
+    def settle(self, item: tuple[Any, ...]) -> bool:
+        """Take down a shard that is committed by now; False if somebody else has."""
+        there = item in self._deferred
+        self._deferred.pop(item, None)
+        return there
+
+    def replica_starts(self, replica: str) -> tuple[int, str]:
+        """Note that a process of a teacher replica starts.
+
+        Returns how many of its processes have ended since the replica last labelled a shard, and the last cause told.
+        """
+        ended, cause = self._setbacks.get(replica, (-1, ""))
+        self._setbacks[replica] = (ended + 1, cause)
+        return self._setbacks[replica]
+
+    def replica_failed(self, replica: str, cause: str) -> None:
+        """Note why a process of a teacher replica is about to end."""
+        self._setbacks[replica] = (self._setbacks[replica][0], cause)
+
+    def replica_labelled(self, replica: str) -> None:
+        """Note that a teacher replica has labelled a shard, so that earlier setbacks count no longer."""
+        self._setbacks[replica] = (0, "")
 
 
 def start_board() -> Any:

@@ -10,7 +10,7 @@ these rows without starting one. What fails in making them is said and left out,
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,24 +23,13 @@ from orchestrator.models.continuations import chosen_prompts, continuations
 from orchestrator.models.speculate import measured_drafts
 from orchestrator.models.speed import tokens_per_s
 from orchestrator.store.files import Store, local_folder
-from orchestrator.store.heldout import CONTINUATIONS, DRAFTS, SPEED, AnswerLog, measured_rows
+from orchestrator.store.heldout import CONTINUATIONS, DRAFTS, SPEED, measured_rows
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import TokenManifest
 from orchestrator.store.shards import TokenShard
 from orchestrator.teacher.backend import Replica, Teacher, TransformersBackend
+from orchestrator.teacher.task import Answering
 from orchestrator.teacher.vllm import VllmBackend
-
-
-@dataclass(frozen=True)
-class Answering:
-    """What is still to be answered of the held-out rows that models are measured on."""
-
-    log: AnswerLog
-    shards: tuple[int, ...]
-    speed_rows: int
-    """Rows in a pass by which speed is measured."""
-    continues: bool
-    """Whether prompts are to be continued, too; only a process that holds all of a teacher can."""
 
 
 class AnswerWriter:

@@ -15,15 +15,17 @@ import torch
 
 from orchestrator.labels.answer import Answer
 from orchestrator.spec.labels import SampledLabels
+from orchestrator.store.claims import Claims
 from orchestrator.store.heldout import CONTINUATIONS, DRAFTS, SPEED, measured_rows
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from orchestrator.teacher import labeller
-from orchestrator.teacher.answers import Answering
 from orchestrator.teacher.backend import Replica
-from orchestrator.teacher.labeller import Labeller, Labelling
+from orchestrator.teacher.labeller import Labeller
+from orchestrator.teacher.task import Answering, LabelTask
 from tests.answers import answer_log, saved
 from tests.conftest import TokenizedCorpus
+from tests.unit.test_labeller import Remote
 from tests.unit.test_tokens import VOCAB, tiny
 
 ROWS = 6
@@ -32,12 +34,12 @@ ROWS = 6
 class Pool:
     """One actor of the pool, without Ray, and the warnings that it puts on the board."""
 
-    def __init__(self, work: Labelling, warnings: list[str]) -> None:
+    def __init__(self, work: LabelTask, warnings: list[str]) -> None:
         self.work, self.warnings = work, warnings
         self.actor = Labeller(work)
 
     def __call__(self, what: str, shard: int = 0) -> dict[str, Any]:
-        receipts = self.actor({"what": [what], "shard": [shard], "position": [0]})
+        receipts = self.actor({"kind": [what], "shard": [shard], "position": [0]})
         return {name: values[0] for name, values in receipts.items()}
 
     @property
@@ -54,8 +56,9 @@ def pool(
     warnings: list[str] = []
     context = SimpleNamespace(get_actor_id=lambda: "actor")
     monkeypatch.setattr(labeller, "ray", SimpleNamespace(get=lambda value: value, get_runtime_context=lambda: context))
-    board = SimpleNamespace(warn=SimpleNamespace(remote=warnings.append))
-    work = Labelling(
+    board = Remote()
+    board.warn = SimpleNamespace(remote=warnings.append)
+    work = LabelTask(
         store=store,
         data_folder=tokenized.folder,
         replica=Replica(str(saved(tiny(seed, 32), tmp_path / "teacher")), "fp32"),
@@ -64,6 +67,7 @@ def pool(
         log_key=LabelLog.open(store, {"name": "train"}).key,
         micro_batch=4,
         board=board,
+        claims=Claims(store, "labels/k", "mine"),
         answering=Answering(answer_log(store, ROWS), (0,), speed_rows=4, continues=True),
     )
     return lambda: Pool(work, warnings)
@@ -77,7 +81,7 @@ def test_answers_speed_and_continuations_are_kept(pool: Callable[[], Pool], toke
     record = teacher.answers.committed(0)
     assert record
     states = teacher.answers.read(0, record, rows)["states"]
-    own = teacher.actor._teacher.answer(torch.from_numpy(rows.ids[:, :-1]).long()).states
+    own = teacher.actor._shards._teacher.answer(torch.from_numpy(rows.ids[:, :-1]).long()).states
     kept = torch.frombuffer(bytearray(b"".join(states)), dtype=torch.float32).view(own.shape)
     torch.testing.assert_close(kept, own, rtol=0, atol=1e-5)
     speed = json.loads(teacher.answers.kept(SPEED) or b"")
@@ -96,25 +100,25 @@ def test_what_is_there_is_not_answered_again(pool: Callable[[], Pool], monkeypat
     def fail(_: torch.Tensor) -> Answer:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(teacher.actor._teacher, "answer", fail)
+    monkeypatch.setattr(teacher.actor._shards._teacher, "answer", fail)
     assert teacher("measured")["rows"] == ROWS and not teacher.warnings
 
 
 def test_answers_that_fail_cost_no_label(pool: Callable[[], Pool], monkeypatch: pytest.MonkeyPatch) -> None:
     """On the held-out rows alone this teacher says what is no number."""
     teacher = pool()
-    sound = teacher.actor._teacher.answer
+    sound = teacher.actor._shards._teacher.answer
 
     def broken(ids: torch.Tensor) -> Answer:
         said = sound(ids)
         return replace(said, states=said.states * float("nan"))
 
-    monkeypatch.setattr(teacher.actor._teacher, "answer", broken)
+    monkeypatch.setattr(teacher.actor._shards._teacher, "answer", broken)
     receipt = teacher("measured")
     assert receipt["rows"] == 0 and receipt["heldout"] and teacher.answers.missing([0]) == [0]
     (warning,) = teacher.warnings
     assert warning.startswith("labels: the teacher's answers on held-out rows were not kept") and "states reach nan" in warning
-    monkeypatch.setattr(teacher.actor._teacher, "answer", sound)
+    monkeypatch.setattr(teacher.actor._shards._teacher, "answer", sound)
     assert teacher("shard", 0)["rows"] > 0
 
 
@@ -124,7 +128,7 @@ def test_prompts_that_cannot_be_continued_cost_no_label(pool: Callable[[], Pool]
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no cache for this one")
 
-    monkeypatch.setattr(teacher.actor._teacher.model, "generate", fail)
+    monkeypatch.setattr(teacher.actor._shards._teacher.model, "generate", fail)
     assert teacher("continuations")["heldout"]
     (warning,) = teacher.warnings
     assert warning == "labels: the teacher could not continue the report's prompts: RuntimeError: no cache for this one"
