@@ -228,7 +228,7 @@ def test_another_model_under_the_same_name_does_not_continue_a_log(seed: int, se
 def test_rounding_is_no_other_model(seed: int, server: Server, log: LabelLog, folder: Path, noise: float, same: bool) -> None:
     ids = torch.randint(VOCAB, (8, SEQ), generator=torch.Generator().manual_seed(seed))
     check_probe(log, backend(server), ids, "tiny")
-    server.model = TransformersBackend(Replica(str(folder), "fp32"))._model
+    server.model = TransformersBackend(Replica(str(folder), "fp32")).model
     for weight in server.model.parameters():
         weight.data += noise * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
     if same:
