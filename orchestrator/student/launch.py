@@ -15,7 +15,7 @@ from ray.train.v2._internal.constants import DEFAULT_WORKER_GROUP_START_TIMEOUT_
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from orchestrator.errors import BROKEN_LINK, EnvironmentFault, ResumableError, find_user_error
-from orchestrator.store.files import Store
+from orchestrator.store.files import HeldElsewhere, Store
 from orchestrator.store.records import ModelFolder, finished_model
 from orchestrator.student.job import TrainingJob
 from orchestrator.tracking import names
@@ -29,7 +29,9 @@ def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: st
     tell a user's error from a dead worker, and keeps its own checkpoints; ours are found again by any later run.
     """
     config = {"store": store, "job": job, "board": board, "tokenizer_folder": tokenizer_folder}
-    with store.exclusive(f"{job.folder}/lock"):
+    lock_key = f"{job.folder}/lock"
+    with store.exclusive(lock_key) as lock:
+        config["still_ours"] = HeldElsewhere(store, lock_key, lock.token)
         for attempt in range(job.train.max_restarts + 1):
             try:
                 _fit(job, config)

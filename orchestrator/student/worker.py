@@ -18,10 +18,10 @@ from orchestrator.models.mtp import save_mtp
 from orchestrator.plan.schedule import learning_rate
 from orchestrator.runtime.board import STUDENT_SHARDS
 from orchestrator.runtime.environment import limit_threads, prepare_deepspeed
-from orchestrator.store.files import Store
+from orchestrator.store.files import StillOurs, Store, unguarded
 from orchestrator.store.records import MODEL, finish_model
 from orchestrator.student.best import Selection
-from orchestrator.student.checkpoint import drop_checkpoints, restore_checkpoint, save_checkpoint
+from orchestrator.student.checkpoint import CheckpointWriter, drop_checkpoints, restore_checkpoint
 from orchestrator.student.feed import Feed, MicroBatch
 from orchestrator.student.heldout import Evaluator
 from orchestrator.student.job import TrainingJob
@@ -30,8 +30,12 @@ from orchestrator.student.trainer import Trainer, start_trainer
 from orchestrator.tracking.names import HELDOUT_CE_NATS
 
 
-def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str) -> None:
-    """Train `job` to its end on this rank and leave the model in its stage folder; resumes from the newest checkpoint."""
+def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str, still_ours: StillOurs) -> None:
+    """Train `job` to its end on this rank and leave the model in its stage folder; resumes from the newest checkpoint.
+
+    `still_ours` tells whether the lock that the driver holds for this training is held still; it is asked before anything is
+    published.
+    """
     threads = max(1, int(job.train.cpus_per_worker))
     limit_threads(threads)
     torch.set_num_threads(threads)
@@ -52,6 +56,7 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
     evaluator = Evaluator(trainer, store, job, aborted)
     selection = Selection(store, job) if job.selects else None
     first = restore_checkpoint(engine, schedule, store, job.folder, board.warn.remote, selection)
+    checkpoints = CheckpointWriter(engine, schedule, store, job.folder, selection, still_ours)
     meter = Meter(job, board, feed)
     for step, micro_batches in feed.steps(first):
         means = train_step(trainer, job, schedule, step, micro_batches)
@@ -61,20 +66,23 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
             with meter.aside(engine.device):
                 heldout = evaluator.evaluate()
                 if selection:
-                    selection.take(done, heldout[HELDOUT_CE_NATS], partial(write_model, trainer, store, job, tokenizer_folder))
+                    write = partial(write_model, trainer, store, job, tokenizer_folder, still_ours=still_ours)
+                    selection.take(done, heldout[HELDOUT_CE_NATS], write)
                     if first_rank:
                         selection.prune()
         meter.add(step, means, engine.get_global_grad_norm(), routing, heldout)
         if selection and selection.exhausted:
             break
+        if saved_at := checkpoints.settled():
+            meter.saved(saved_at)
         if done % job.train.checkpoint_every == 0 and done < job.steps:
             meter.flush()
-            save_checkpoint(engine, schedule, store, job.folder, done, selection)
-            meter.saved()
+            meter.stalled(checkpoints.start(done))
+    checkpoints.finish()
     meter.flush()
     reached(len(job.demanded_shards()))  # a teacher that waits for a student that has stopped early labels the rest
     training = meter.summary() | {"peak_memory_bytes": peak_memory_bytes(engine.device)}
-    save_model(trainer, store, job, tokenizer_folder, training, selection)
+    save_model(trainer, store, job, tokenizer_folder, training, selection, still_ours)
 
 
 def train_step(
@@ -102,11 +110,16 @@ def save_model(
     tokenizer_folder: str,
     training: dict[str, float],
     selection: Selection | None = None,
+    still_ours: StillOurs = unguarded,
 ) -> None:
-    """Leave the trained model, or the one that `selection` has kept, as the stage's; called on every rank."""
+    """Leave the trained model, or the one that `selection` has kept, as the stage's; called on every rank.
+
+    Raises what `still_ours` does, which is asked before anything is published.
+    """
     if job.train.keep == "last":
-        write_model(trainer, store, job, tokenizer_folder, job.folder, training)
+        write_model(trainer, store, job, tokenizer_folder, job.folder, training, still_ours)
     if dist.get_rank() == 0:
+        still_ours()
         if selection and job.train.keep == "best":
             finish_model(store, job.folder, job.vocab_size, training | selection.finish())
         drop_checkpoints(store, job.folder)
@@ -115,7 +128,13 @@ def save_model(
 
 
 def write_model(
-    trainer: Trainer, store: Store, job: TrainingJob, tokenizer_folder: str, folder: str, figures: dict[str, float]
+    trainer: Trainer,
+    store: Store,
+    job: TrainingJob,
+    tokenizer_folder: str,
+    folder: str,
+    figures: dict[str, float],
+    still_ours: StillOurs = unguarded,
 ) -> None:
     """Write the Hugging Face folder of the model as it is into the stage folder `folder` and, last, its manifest.
 
@@ -125,11 +144,12 @@ def write_model(
     state = trainer.whole_state(trainer.model, dtype)
     ahead = trainer.whole_state(trainer.mtp, dtype) if trainer.mtp else None
     if dist.get_rank() == 0:
-        with store.folder_for(f"{folder}/{MODEL}") as target:
+        with store.folder_for(f"{folder}/{MODEL}", still_ours) as target:
             trainer.model.config.dtype = dtype
             trainer.model.save_pretrained(target, state_dict=state)
             complete_folder(target, store.local(tokenizer_folder), job.manifest.seq_len)
             if ahead is not None:
                 save_mtp(ahead, job.ahead.depth, target)
+        still_ours()
         finish_model(store, folder, job.vocab_size, figures)
     dist.barrier()

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from orchestrator.store.records import MANIFEST, FileRecord, describe_folder
+from orchestrator.store.records import MANIFEST, describe_folder
 from orchestrator.student.job import TrainingJob
 from tests.parity.course import Bench, Case, build_bench, checkpoint_of, course, interrupted, run_steps
 from tests.parity.ranks import run_on_ranks
@@ -94,9 +94,9 @@ def load_malice(bench: Bench) -> dict[str, Any]:
 
 def sign(checkpoint: Path) -> None:
     """Rewrite the manifest so that it names the files as they are."""
-    document = json.loads((checkpoint / MANIFEST).read_text())
-    files: dict[str, FileRecord] = {n: r for n, r in describe_folder(checkpoint).items() if n != MANIFEST}
-    (checkpoint / MANIFEST).write_text(json.dumps(document | {"files": {n: r.model_dump() for n, r in files.items()}}))
+    document, files = json.loads((checkpoint / MANIFEST).read_text()), describe_folder(checkpoint)
+    ranks = [{name: files[name].model_dump() for name in written} for written in document["ranks"]]
+    (checkpoint / MANIFEST).write_text(json.dumps(document | {"ranks": ranks}))
 
 
 def attempt(bench: Bench, job: TrainingJob, canary: Path) -> dict[str, Any]:
