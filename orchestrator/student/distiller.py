@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from orchestrator.errors import SpecError
 from orchestrator.labels.targets import Targets
@@ -23,6 +23,7 @@ from orchestrator.spec.train import Pipeline
 from orchestrator.store.files import local_folder
 from orchestrator.student.feed import Mask
 from orchestrator.student.job import Initial, Soft, TrainingJob
+from orchestrator.student.ranks import from_first_rank
 
 TERMS = 5
 """Means over the global batch that a step reports: loss, CE, divergence, features' loss, loss of multi-token prediction."""
@@ -106,14 +107,17 @@ def head_loss(
 def start_model(job: TrainingJob, share: Share | None = None) -> PreTrainedModel:
     """The model of `job` as training begins, or a `share` of it, on the CPU and in fp32.
 
-    Raises `SpecError` for a model whose head the chunked loss cannot stand for.
+    With a `share` it is called on every rank. Raises `SpecError` for a model whose head the chunked loss cannot stand for.
     """
-    model = _whole_model(job) if share is None else _shared_model(job, share)
+    if share is None:
+        model = _whole_model(job)
+        _check_architecture(job, model)
+    else:
+        config = _config(job)
+        if refused := from_first_rank(lambda: _refused(job, config)):  # one answer for all: they end together
+            raise SpecError(refused)
+        model = _shared_model(job, config, share)
     learn_every_row(model)
-    tried = model if share is None else trial_model(model.config)
-    check_head(tried, job.stage)
-    if job.ahead.depth or isinstance(job.train.parallel, Pipeline):
-        check_pieces(tried, job.stage)
     if job.train.precision == "fp8":
         emulate = job.train.gpus_per_worker == 0 or not fp8_hardware()
         to_fp8(model, job.train.fp8_recipe, emulate, f"{job.stage}.model")
@@ -138,10 +142,31 @@ def _whole_model(job: TrainingJob) -> PreTrainedModel:
     return build_model(job.model, job.vocab_size, job.seed, job.stage)
 
 
-def _shared_model(job: TrainingJob, share: Share) -> PreTrainedModel:
+def _shared_model(job: TrainingJob, config: PreTrainedConfig, share: Share) -> PreTrainedModel:
     if isinstance(job.model, Initial):
         return read_share(local_folder(job.model.folder), share)
-    return drawn_share(model_config(job.model, job.vocab_size, job.stage), job.seed, share)
+    return drawn_share(config, job.seed, share)
+
+
+def _config(job: TrainingJob) -> PreTrainedConfig:
+    if isinstance(job.model, Initial):
+        return outline(local_folder(job.model.folder)).config
+    return model_config(job.model, job.vocab_size, job.stage)
+
+
+def _refused(job: TrainingJob, config: PreTrainedConfig) -> str | None:
+    """Why a model of `config` cannot be trained, if it cannot."""
+    try:
+        _check_architecture(job, trial_model(config))
+    except SpecError as error:
+        return str(error)
+    return None
+
+
+def _check_architecture(job: TrainingJob, model: PreTrainedModel) -> None:
+    check_head(model, job.stage)
+    if job.ahead.depth or isinstance(job.train.parallel, Pipeline):
+        check_pieces(model, job.stage)
 
 
 def build_distiller(job: TrainingJob, share: Share | None = None) -> Distiller:

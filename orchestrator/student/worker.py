@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.models.build import DTYPES
 from orchestrator.models.generation import complete_folder
 from orchestrator.models.mtp import save_mtp
+from orchestrator.models.writing import ModelWriter
 from orchestrator.plan.schedule import learning_rate
 from orchestrator.runtime.board import STUDENT_SHARDS
 from orchestrator.runtime.environment import limit_threads, prepare_deepspeed
@@ -138,18 +140,22 @@ def write_model(
 ) -> None:
     """Write the Hugging Face folder of the model as it is into the stage folder `folder` and, last, its manifest.
 
-    Called on every rank.
+    Called on every rank. Rank 0 holds one file of it at a time. Raises what `still_ours` does, which is asked before anything
+    is published.
     """
-    dtype = DTYPES[job.train.precision]
-    state = trainer.whole_state(trainer.model, dtype)
-    ahead = trainer.whole_state(trainer.mtp, dtype) if trainer.mtp else None
-    if dist.get_rank() == 0:
-        with store.folder_for(f"{folder}/{MODEL}", still_ours) as target:
-            trainer.model.config.dtype = dtype
-            trainer.model.save_pretrained(target, state_dict=state)
+    dtype, first = DTYPES[job.train.precision], dist.get_rank() == 0
+    with store.folder_for(f"{folder}/{MODEL}", still_ours) if first else nullcontext() as target:
+        writer = ModelWriter(trainer.model, target, dtype) if target else None
+        for name, tensor in trainer.tensors(trainer.model, dtype):
+            assert writer is not None
+            writer.add(name, tensor)
+        ahead = dict(trainer.tensors(trainer.mtp, dtype)) if trainer.mtp else None
+        if writer and target:
+            writer.finish()
             complete_folder(target, store.local(tokenizer_folder), job.manifest.seq_len)
             if ahead is not None:
                 save_mtp(ahead, job.ahead.depth, target)
+    if first:
         still_ours()
         finish_model(store, folder, job.vocab_size, figures)
     dist.barrier()

@@ -158,7 +158,7 @@ def through_the_bucket(bench: Bench, environment: dict[str, str], address: str, 
         trainer, schedule = start_trainer(job), course(job)
         first = restore_checkpoint(trainer.engine, schedule, store, folder)
         losses = run_steps(bench, job, trainer, schedule, first)
-        state = trainer.whole_state(trainer.model, torch.float32)
+        state = dict(trainer.tensors(trainer.model, torch.float32))
         weights = hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest()
         found[name] = {"first": first, "losses": losses, "weights": weights, "kept": store.keys(f"{folder}/checkpoints")}
         trainer.engine.destroy()
@@ -179,3 +179,76 @@ def test_a_bucket_keeps_checkpoints_like_a_directory(bench: Bench, tmp_path: Pat
     assert same["bucket"]["weights"] != moved["bucket"]["weights"], "another number of ranks rounds otherwise"
     assert not [name for name in names if "step-000001" in name], "and the oldest is dropped with all its files"
     assert [path for path in tmp_path.rglob("*.pt")] == [], "no copy stays on the node"
+
+
+def reads_of_a_resume(bench: Bench, environment: dict[str, str], address: str | None) -> dict[str, Any]:
+    """By rank: names of the files of a checkpoint that are hashed, loaded and downloaded when its ranks resume from it.
+
+    Two ranks are on a node, as far as node folders tell.
+    """
+    from orchestrator.store import local
+    from orchestrator.store.bucket import Bucket
+    from orchestrator.store.files import open_store
+    from orchestrator.student.checkpoint import restore_checkpoint, save_checkpoint
+    from orchestrator.student.trainer import start_trainer
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if address:
+        node = Path(environment["TMPDIR"]) / str(rank // 2)
+        node.mkdir(exist_ok=True)
+        os.environ |= environment | {"TMPDIR": str(node)}
+    store, job = open_store(address or str(bench.store.root)), bench.job(Case("sampled", 2), world)
+    trainer = start_trainer(job)
+    save_checkpoint(trainer.engine, course(job), store, "counted", 1)
+    trainer.engine.destroy()
+    trainer = start_trainer(job)
+    hashed, loaded, downloaded = list[str](), list[str](), list[str]()
+    engine, real_hash, real_download = trainer.engine.checkpoint_engine, local.sha256_of, Bucket.download
+    real_load = engine.load
+
+    def load(path: str, *args: Any) -> Any:
+        loaded.append(Path(path).name)
+        return real_load(path, *args)
+
+    def download(bucket: Bucket, objects: Any) -> None:
+        objects = list(objects)
+        downloaded.extend(name.rpartition("/")[2] for name, _, _ in objects)
+        real_download(bucket, objects)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "sha256_of", lambda path: hashed.append(path.name) or real_hash(path))
+        patch.setattr(engine, "load", load)
+        patch.setattr(Bucket, "download", download)
+        assert restore_checkpoint(trainer.engine, course(job), store, "counted") == 1
+    trainer.engine.destroy()
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, {"hashed": hashed, "loaded": sorted(loaded), "downloaded": sorted(downloaded)})
+    return {"ranks": found, "files": [name for name in store.contents("counted/checkpoints/step-000001") or {}]}
+
+
+MODEL_FILE = "mp_rank_00_model_states.pt"
+
+
+def optimizer_file(rank: int) -> str:
+    return f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def test_a_resume_hashes_each_file_once_over_all_ranks(bench: Bench) -> None:
+    found = run_on_ranks(4, bench.store.root.parent, reads_of_a_resume, bench, {}, None)
+    names = [MODEL_FILE, *map(optimizer_file, range(4))]
+    assert sorted(Path(name).name for name in found["files"]) == ["manifest.json", *names]
+    assert sorted(name for rank in found["ranks"] for name in rank["hashed"]) == names
+    for rank, reads in enumerate(found["ranks"]):
+        assert reads["hashed"] == sorted([optimizer_file(rank), *([MODEL_FILE] if rank == 0 else [])]), "what it wrote"
+        assert reads["loaded"] == [MODEL_FILE, optimizer_file(rank)], "what it needs"
+
+
+def test_a_node_downloads_what_its_ranks_need(bench: Bench, tmp_path: Path) -> None:
+    with s3_server(tmp_path / "log") as server:
+        environment = server.environment | {"TMPDIR": str(tmp_path)}
+        found = run_on_ranks(4, tmp_path, reads_of_a_resume, bench, environment, f"s3://{BUCKET}/reads")
+    for node in (0, 1):
+        ranks = found["ranks"][2 * node : 2 * node + 2]
+        needed = [MODEL_FILE, optimizer_file(2 * node), optimizer_file(2 * node + 1)]
+        assert sorted(name for rank in ranks for name in rank["downloaded"]) == needed, "each file once a node"
+    assert [path for path in tmp_path.rglob("*.pt")] == [], "no copy stays on a node"

@@ -55,7 +55,7 @@ def train(bench: Bench, case: Case, trainer: Any, schedule: Any, first: int, aft
 
 
 def keep_weights(trainer: Any, file: Path) -> None:
-    state = trainer.whole_state(trainer.model, torch.float32)
+    state = dict(trainer.tensors(trainer.model, torch.float32))
     state.pop("balance", None)  # only the first rank has a state
     if dist.get_rank() == 0:
         torch.save(state, file)
