@@ -51,8 +51,9 @@ class Distiller(nn.Module):
     ) -> torch.Tensor:
         """Means over the targets of `TERMS`, [5]; only the first has a gradient.
 
-        `ids` are [rows, seq + 1], `soft` and the teacher's `features` have tensors [rows, seq, ...]. Features are compared
-        at all positions, those of a prompt too. In evaluation mode the model itself is measured, and nothing beside it.
+        `ids` are [rows, seq + 1], `soft` and the teacher's `features` have tensors [rows, seq, ...], the `mask` is on the CPU.
+        Features are compared at all positions, those of a prompt too. In evaluation mode the model itself is measured, and
+        nothing beside it.
         """
         names = self.inner.student_features if self.inner is not None and self.training else ()
         with captured(self.model, names, "objective.features") as own:
@@ -88,15 +89,16 @@ def head_loss(
 ) -> torch.Tensor:
     """Means over the targets of (loss, CE, divergence), [3]; only the first has a gradient.
 
-    `hidden` [rows, seq, width] is what the head of `model` is applied to, `ids` are [rows, seq + 1].
+    `hidden` [rows, seq, width] is what the head of `model` is applied to, `ids` are [rows, seq + 1]. The `mask` is on the CPU.
     """
     states, target = hidden.flatten(0, 1), ids[:, 1:].flatten()
     teacher = None if soft is None else soft.map(lambda t: t.flatten(0, 1))
     count = float(len(target))
     if mask is not None:
-        kept = mask.kept.flatten()
-        states, target, count = states[kept], target[kept], count * mask.share
-        teacher = None if teacher is None else teacher.map(lambda t: t[kept])
+        # Which they are is told by the CPU: to ask the device how many would be to wait for all that it has still to do.
+        rows = mask.kept.flatten().nonzero().squeeze(1).to(states.device, non_blocking=True)
+        states, target, count = states.index_select(0, rows), target.index_select(0, rows), count * mask.share
+        teacher = None if teacher is None else teacher.map(lambda t: t.index_select(0, rows))
 
     def score(logits: torch.Tensor, part: slice) -> torch.Tensor:
         return mixture.score(logits, target[part], None if teacher is None else teacher.map(lambda t: t[part]))

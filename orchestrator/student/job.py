@@ -14,7 +14,7 @@ from orchestrator.spec.train import Train
 from orchestrator.store.heldout import HeldoutLog
 from orchestrator.store.records import Record, TokenManifest
 
-TRAINING_VERSION = 4
+TRAINING_VERSION = 5
 """Raised when the code makes other weights of the same job."""
 
 

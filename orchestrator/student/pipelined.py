@@ -97,8 +97,7 @@ class _Loss:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         micro, on = next(self._coming), hidden.device
         soft = None if micro.soft is None else micro.soft.map(lambda t: t.to(on))
-        mask = None if micro.mask is None else micro.mask.map(lambda t: t.to(on))
-        means = head_loss(self._model, hidden, micro.ids.to(on), self._mixture, soft, mask)
+        means = head_loss(self._model, hidden, micro.ids.to(on), self._mixture, soft, micro.mask)
         self.terms.append(torch.cat([means.detach(), means.new_zeros(TERMS - len(means))]))
         return means[0]
 

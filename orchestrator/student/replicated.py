@@ -67,8 +67,7 @@ class Replicated:
         on = self.engine.device
         soft = None if micro.soft is None else micro.soft.map(lambda t: t.to(on))
         features = {name: states.to(on) for name, states in micro.features.items()}
-        mask = None if micro.mask is None else micro.mask.map(lambda t: t.to(on))
-        return self.engine(micro.ids.to(on), mixture, soft, features, mask)
+        return self.engine(micro.ids.to(on), mixture, soft, features, micro.mask)
 
     def tensors(self, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed import zero
