@@ -222,7 +222,7 @@ def reads_of_a_resume(bench: Bench, environment: dict[str, str], address: str | 
         assert restore_checkpoint(trainer.engine, course(job), store, "counted") == 1
     trainer.engine.destroy()
     found: list[Any] = [None] * world
-    dist.all_gather_object(found, {"hashed": hashed, "loaded": sorted(loaded), "downloaded": sorted(downloaded)})
+    dist.all_gather_object(found, {"hashed": hashed, "loaded": sorted(set(loaded)), "downloaded": sorted(downloaded)})
     return {"ranks": found, "files": [name for name in store.contents("counted/checkpoints/step-000001") or {}]}
 
 
