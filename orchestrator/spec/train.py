@@ -149,11 +149,6 @@ class Train(Spec):
             raise ValueError(
                 f"precision {self.precision} needs parallel.stage 1 or more: below it DeepSpeed has no exact master weights"
             )
-        if self.workers > 1 and self.gpus_per_worker % 1:
-            raise ValueError(
-                f"gpus_per_worker {self.gpus_per_worker:g} with {self.workers} workers: NCCL takes no two workers on one GPU; "
-                "give each whole GPUs, or use one worker"
-            )
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
         return self

@@ -47,9 +47,6 @@ REFUSED = {
     "teacher: {train: {workers: 2, parallel: {kind: pipeline}}}\nevaluate: {every: 10}": (
         "evaluate.every: teacher.train.parallel.kind pipeline"
     ),
-    "train: {workers: 2, gpus_per_worker: 0.5}": (
-        "gpus_per_worker 0.5 with 2 workers: NCCL takes no two workers on one GPU; give each whole GPUs, or use one worker"
-    ),
     "train: {keep: best}": "train.keep: best goes by evaluations during training: give evaluate.every",
     "teacher: {train: {patience: 2}}": "teacher.train.patience: 2 goes by evaluations during training: give evaluate.every",
     "train: {steps: 10, epochs: 2}": "steps 10 and epochs 2 are both given; give one of them",
