@@ -4,9 +4,9 @@
                                            manifest.json   sizes and hashes, the last part before all is published
                               /.tmp-parts-.../00003     what rank 3 has written, while the others are still writing
 
-Training waits only for the copy of its state to host memory. Each rank then writes, syncs and hashes its files in a thread, and
-reports them through the storage; the thread of rank 0 waits for all reports, writes the manifest and publishes. No collective
-is involved, so that a slow disk holds up nobody's step.
+Training goes on while its state is copied to host memory; only its next update of the weights waits for that. Each rank
+copies, writes, syncs and hashes its files in a thread, and reports them through the storage; the thread of rank 0 waits for all
+reports, writes the manifest and publishes. No collective is involved, so that a slow disk holds up nobody's step.
 
 The newest checkpoint that is intact is the one to resume from; a damaged one is passed over with a warning. As many ranks as
 wrote it load it as it is, bit for bit; for another number it is converted first (`student/universal.py`).
@@ -35,7 +35,7 @@ from orchestrator.store.files import UNFINISHED, Part, StillOurs, Store, storage
 from orchestrator.store.records import MANIFEST, FileRecord, Record
 from orchestrator.student.best import KEPT, Selection
 from orchestrator.student.ranks import everywhere, from_first_rank
-from orchestrator.student.snapshot import HostMemory, checkpoint_engine, snapshot, write_snapshot
+from orchestrator.student.snapshot import HostMemory, before_update, checkpoint_engine, snapshot, write_snapshot
 from orchestrator.student.universal import check_elastic, drop_universal, load_universal, make_universal, universal_key
 
 LOOK_S = 0.1
@@ -66,6 +66,16 @@ class PartReport(Record):
     files: dict[str, FileRecord]
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that has become durable."""
+
+    at_s: float
+    """When its state was that of the training, in seconds since 1970."""
+    stalled_s: float
+    """Seconds that training stood still for it on this rank."""
+
+
 class CheckpointWriter:
     """Writes the checkpoints of one training beside it, one at a time; made and called on every rank.
 
@@ -84,14 +94,15 @@ class CheckpointWriter:
     ) -> None:
         self._engine, self._schedule, self._selection = engine, schedule, selection
         self._store, self._checkpoints, self._still_ours = store, f"{folder}/checkpoints", still_ours
-        self._memory = HostMemory()
+        self._memory, self._copied = HostMemory(), threading.Event()
         self._running: _Task | None = None
-        self._copied_at, self._durable = 0.0, False
+        self._begun_at = self._stalled_s = 0.0
+        self._saved: Saved | None = None
         self._attempt: str = from_first_rank(lambda: uuid.uuid4().hex[:12])
         """Tells the reports of this writer's ranks from those of a run that was killed."""
 
-    def start(self, step: int) -> float:
-        """Begin to save the state after `step` optimizer steps; returns the seconds that training stood still for it.
+    def start(self, step: int) -> None:
+        """Begin to save the state after `step` optimizer steps.
 
         Waits until an earlier checkpoint is written, and raises what `finish` does.
         """
@@ -102,19 +113,18 @@ class CheckpointWriter:
             client["selection"] = self._selection.state()
             self._selection.begun()
         files = snapshot(self._engine, self._memory, _TAG, client)
-        self._copied_at = time.time()
+        self._copied.clear()
+        self._hook = before_update(self._engine, self._wait_for_the_copy)
+        self._begun_at = time.time()
         self._running = _Task(partial(self._write, step, files))
-        return time.perf_counter() - started
+        self._stalled_s = time.perf_counter() - started
 
-    def settled(self) -> float | None:
-        """When the state was copied of a checkpoint that has become durable since the last call, in seconds since 1970.
-
-        None while there is none; never waits. Raises what `finish` does.
-        """
+    def settled(self) -> Saved | None:
+        """The checkpoint that has become durable since the last call, if any; never waits. Raises what `finish` does."""
         if self._running and self._running.done:
             self.finish()
-        durable, self._durable = self._durable, False
-        return self._copied_at if durable else None
+        saved, self._saved = self._saved, None
+        return saved
 
     def finish(self) -> None:
         """Wait until what this rank has begun to save is written, on rank 0 until the checkpoint as a whole is durable.
@@ -125,7 +135,8 @@ class CheckpointWriter:
             return
         running, self._running = self._running, None
         running.result()
-        self._durable = True
+        self._hook.remove()
+        self._saved = Saved(self._begun_at, self._stalled_s)
         if self._selection:
             self._selection.saved()
             if dist.get_rank() == 0:
@@ -137,7 +148,16 @@ class CheckpointWriter:
         self.finish()
         dist.barrier()
 
+    def _wait_for_the_copy(self) -> None:
+        started = time.perf_counter()
+        self._copied.wait()
+        self._stalled_s += time.perf_counter() - started
+
     def _write(self, step: int, files: dict[str, Any]) -> None:
+        try:
+            self._memory.fill()
+        finally:
+            self._copied.set()
         key = f"{self._checkpoints}/{_name(step)}"
         with self._store.part_of(key) as own, _failed_writes(own.folder):
             write_snapshot(files, own.folder)

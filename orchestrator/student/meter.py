@@ -37,7 +37,7 @@ class Meter:
         self._waited = 0.0
         self._aside_s = self._flushed_aside_s = self._first_aside_s = 0.0
         self._stalled_s = 0.0
-        self.saved(time.time())
+        self.saved(time.time(), 0.0)
 
     @contextmanager
     def aside(self, device: torch.device) -> Generator[None]:
@@ -92,12 +92,12 @@ class Meter:
         self._pending, self._flushed, self._waited = [], now, self._feed.waited_s
         self._flushed_aside_s, self._stalled_s = self._aside_s, 0.0
 
-    def stalled(self, seconds: float) -> None:
-        """Take in that training stood still for a checkpoint; that belongs to the time of training."""
-        self._stalled_s += seconds
+    def saved(self, at_s: float, stalled_s: float) -> None:
+        """Say that all that was done until `at_s`, in seconds since 1970, would outlast this process.
 
-    def saved(self, at_s: float) -> None:
-        """Say that all that was done until `at_s`, in seconds since 1970, would outlast this process."""
+        Training stood still for that for `stalled_s`, which belongs to its time.
+        """
+        self._stalled_s += stalled_s
         self._post([(0, {names.LAST_CHECKPOINT_TIME_S: at_s})])
 
     def summary(self) -> dict[str, float]:

@@ -1,19 +1,21 @@
 """The state of a training as it is now, copied into this process's own memory, so that training can go on while it is written.
 
 DeepSpeed decides which objects a rank saves and under which file names. It hands them to a checkpoint engine; `HostCopy` is one
-that copies them instead of writing them.
+that plans their copies instead of writing them. The copies themselves are made while the next step is under way, which changes
+nothing of all this before the optimizer updates its weights.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 ROOT = "."
 """The folder that DeepSpeed is told to save in; nothing is written there."""
@@ -23,50 +25,58 @@ class HostMemory:
     """Copies of tensors in host memory, used again for the next copy of the same structure.
 
     Fresh memory costs more than the copy itself, since the kernel clears every page of it at first use. What has been
-    copied stays valid until the next `copy`.
+    copied stays valid until the next `begin`.
     """
 
     def __init__(self) -> None:
         self._kept: list[torch.Tensor] = []
-        self._next, self._from_gpu = 0, False
-        self._copied: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self.begin()
 
     def begin(self) -> None:
         """Start a copy in place of the one before."""
-        self._next, self._copied = 0, {}
+        self._next = 0
+        self._planned: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._rooms: dict[tuple[Any, ...], torch.Tensor] = {}
 
-    def copy(self, value: Any) -> Any:
-        """`value` with every tensor in it copied; tensors that are the same memory share one copy.
+    def plan(self, value: Any) -> Any:
+        """`value` with room for every tensor in it, to be filled by `fill`; what is no tensor is copied now.
 
-        Copies from a GPU are complete after `finish`.
+        Tensors that are the same memory share their room.
         """
         if isinstance(value, torch.Tensor):
-            return self._copy_of(value.detach())
+            return self._room_of(value.detach())
         if isinstance(value, dict):
-            copied: Any = copy.copy(value)  # keeps the attributes that torch puts on the dictionaries of modules
+            planned: Any = copy.copy(value)  # keeps the attributes that torch puts on the dictionaries of modules
             for key, inner in value.items():
-                copied[key] = self.copy(inner)
-            return copied
+                planned[key] = self.plan(inner)
+            return planned
         if type(value) in (list, tuple):
-            return type(value)(self.copy(inner) for inner in value)
+            return type(value)(self.plan(inner) for inner in value)
         return copy.deepcopy(value)
 
-    def finish(self) -> None:
-        """Wait for the copies that are under way, and free what was not used again."""
-        if self._from_gpu:
-            torch.cuda.synchronize()
+    def fill(self) -> None:
+        """Copy what was planned, from a GPU beside what it computes, and free what was not used again; in any thread."""
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            for room, tensor in self._planned:
+                room.copy_(tensor, non_blocking=True)
+        if self._stream:
+            self._stream.synchronize()
+        self._planned = []
         del self._kept[self._next :]
 
-    def _copy_of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _room_of(self, tensor: torch.Tensor) -> torch.Tensor:
         same = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and same in self._copied:
-            return self._copied[same]
-        copied, self._from_gpu = self._room_for(tensor), self._from_gpu or tensor.is_cuda
-        copied.copy_(tensor, non_blocking=True)
-        self._copied[same] = copied
-        return copied
+        if tensor.numel() and same in self._rooms:
+            return self._rooms[same]
+        if tensor.is_cuda:
+            self._stream = self._stream or torch.cuda.Stream(tensor.device)
+            self._stream.wait_stream(torch.cuda.current_stream(tensor.device))  # what the step before asked for
+        room = self._rooms[same] = self._next_room(tensor)
+        self._planned.append((room, tensor))
+        return room
 
-    def _room_for(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _next_room(self, tensor: torch.Tensor) -> torch.Tensor:
         place, self._next = self._next, self._next + 1
         if place < len(self._kept) and self._kept[place].shape == tensor.shape and self._kept[place].dtype == tensor.dtype:
             return self._kept[place]
@@ -76,7 +86,7 @@ class HostMemory:
 
 
 class HostCopy:
-    """A checkpoint engine of DeepSpeed's that copies what it is told to save."""
+    """A checkpoint engine of DeepSpeed's that plans to copy what it is told to save."""
 
     def __init__(self, memory: HostMemory) -> None:
         self._memory = memory
@@ -84,7 +94,7 @@ class HostCopy:
         """What was to be saved, by file name relative to `ROOT`."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        self.files[os.path.relpath(path, ROOT)] = self._memory.copy(state_dict)
+        self.files[os.path.relpath(path, ROOT)] = self._memory.plan(state_dict)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         pass
@@ -106,13 +116,23 @@ class HostCopy:
 
 
 def snapshot(engine: Any, memory: HostMemory, tag: str, client: dict[str, Any]) -> dict[str, Any]:
-    """What this rank has to save of `engine` and `client`, by relative file name, in host memory; called on every rank."""
+    """What this rank has to save of `engine` and `client`, by relative file name; called on every rank.
+
+    It lies in `memory`, which must be filled before the optimizer's next step.
+    """
     memory.begin()
     copies = HostCopy(memory)
     with checkpoint_engine(engine, copies):
         engine.save_checkpoint(ROOT, tag=tag, save_latest=False, client_state=client)
-    memory.finish()
     return copies.files
+
+
+def before_update(engine: Any, wait: Callable[[], None]) -> RemovableHandle:
+    """Have the optimizer of `engine` call `wait` before it changes weights or states, until the handle is removed."""
+    optimizer = engine.optimizer
+    while hasattr(optimizer, "optimizer"):  # DeepSpeed wraps the one of torch
+        optimizer = optimizer.optimizer
+    return optimizer.register_step_pre_hook(lambda *_: wait())
 
 
 def write_snapshot(files: dict[str, Any], folder: Path) -> None:

@@ -75,11 +75,11 @@ def run_worker(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str
         meter.add(step, means, engine.get_global_grad_norm(), routing, heldout)
         if selection and selection.exhausted:
             break
-        if saved_at := checkpoints.settled():
-            meter.saved(saved_at)
+        if saved := checkpoints.settled():
+            meter.saved(saved.at_s, saved.stalled_s)
         if done % job.train.checkpoint_every == 0 and done < job.steps:
             meter.flush()
-            meter.stalled(checkpoints.start(done))
+            checkpoints.start(done)
     checkpoints.finish()
     meter.flush()
     reached(len(job.demanded_shards()))  # a teacher that waits for a student that has stopped early labels the rest

@@ -119,7 +119,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 "When the last checkpoint was written, or training began: what was done since would be lost",
                 "state",
             ),
-            Metric(CHECKPOINT_STALL_S, "s", "Time that training stood still while its state was copied for a checkpoint"),
+            Metric(CHECKPOINT_STALL_S, "s", "Time that training stood still for a checkpoint, told when that is durable"),
             Metric(RESTARTS, "restarts", "Restarts after a process of the stage died", "count"),
             Metric(NONFINITE_LOSSES, "steps", "Steps whose loss was not finite, each of which ended its training", "count"),
             Metric(SHARDS_COMMITTED, "shards", "Label shards committed so far"),

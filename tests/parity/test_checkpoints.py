@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,86 @@ def test_a_foreign_pickle_in_a_checkpoint_is_not_run(bench: Bench) -> None:
         assert not outcomes["guarded"]["code ran"], name
         assert isinstance(outcomes["guarded"]["outcome"], str), "refused with an error"
         assert outcomes["unguarded"]["code ran"], "without the guard the same file runs its code"
+
+
+BESIDE = {
+    "zero": [*(Case("sampled", stage) for stage in range(4)), *(Case("sampled", stage, "bf16") for stage in (1, 2, 3))],
+    "pipeline": [Case("sampled", 1, strategy="1f1b", model="deep"), Case("hard", 1, strategy="dualpipev", model="deep")],
+    "expert": [Case("hard", 1, strategy="ep2", model="experts"), Case("hard", 3, "bf16", strategy="ep2", model="experts")],
+}
+
+
+def written_beside_training(bench: Bench, kind: str) -> dict[str, Any]:
+    """Whether a checkpoint that is copied as late as it may be is that of a training that stood still, and no later one."""
+    from orchestrator.student.checkpoint import CheckpointWriter, save_checkpoint
+    from orchestrator.student.snapshot import HostMemory
+    from orchestrator.student.trainer import start_trainer
+
+    found, fill = {}, HostMemory.fill
+    for case in BESIDE[kind]:
+        job = bench.job(case, dist.get_world_size(), "beside")
+        trainer, schedule, copied = start_trainer(job), course(job), list[bool]()
+        writer = CheckpointWriter(trainer.engine, schedule, bench.store, f"beside/{case.name}")
+
+        def late(memory: HostMemory, copied: list[bool] = copied) -> None:
+            time.sleep(1.0)  # the next step has long come to its update
+            copied.append(True)
+            fill(memory)
+
+        def keep(done: int, trainer: Any = trainer, schedule: Any = schedule, writer: Any = writer, case: Case = case) -> bool:
+            if done == 2:
+                save_checkpoint(trainer.engine, schedule, bench.store, f"still/{case.name}", done)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(HostMemory, "fill", late)
+                    writer.start(done)
+            if done == 3:
+                writer.finish()
+                save_checkpoint(trainer.engine, schedule, bench.store, f"later/{case.name}", done)
+            return done < 3
+
+        run_steps(bench, job, trainer, schedule, 0, keep)
+        saved = writer.settled()
+        assert saved is not None and copied == [True]
+        trainer.engine.destroy()
+        checkpoints = {name: f"{name}/{case.name}/checkpoints/step-{step:06d}" for name, step in STEP_OF.items()}
+        still, beside, later = (bench.store.path(key) for key in checkpoints.values())
+        stalls: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(stalls, saved.stalled_s)
+        found[case.name] = {"still": alike(still, beside), "later": alike(later, beside), "stalls": stalls}
+        dist.barrier()
+    return found
+
+
+STEP_OF = {"still": 2, "beside": 2, "later": 3}
+
+
+def alike(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same, file by file and to the bit."""
+    names = [sorted(str(path.relative_to(root)) for path in root.rglob("*.pt")) for root in (one, other)]
+    assert names[0] == names[1] and names[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+        return all(equal(*(torch.load(root / name, weights_only=False) for root in (one, other))) for name in names[0])
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return equal(vars(one), vars(other)) if hasattr(one, "__dict__") else one == other
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_training_that_goes_on_changes_nothing_of_its_checkpoint(bench: Bench, kind: str) -> None:
+    found = run_on_ranks(2, bench.store.root.parent, written_beside_training, bench, kind)
+    assert len(found) == len(BESIDE[kind])
+    for name, outcome in found.items():
+        assert outcome["still"], name
+        assert not outcome["later"], f"{name}: a step changes what is saved"
+        assert min(outcome["stalls"]) > 0.2, f"{name}: the update waited for the copy"
 
 
 def through_the_bucket(bench: Bench, environment: dict[str, str], address: str, begin: bool) -> dict[str, Any]:

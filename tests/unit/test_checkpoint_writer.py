@@ -21,7 +21,7 @@ from orchestrator.store.files import HeldElsewhere, Part
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MANIFEST
 from orchestrator.student import checkpoint, snapshot
-from orchestrator.student.checkpoint import CheckpointWriter, restore_checkpoint, save_checkpoint
+from orchestrator.student.checkpoint import CheckpointWriter, Saved, restore_checkpoint, save_checkpoint
 from orchestrator.student.snapshot import HostMemory
 
 FOLDER = "student/key"
@@ -33,6 +33,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.weights = torch.arange(4.0)
+        self.optimizer = torch.optim.SGD([self.weights.requires_grad_()], lr=1.0)
         self.checkpoint_engine: Any = SimpleNamespace(load=lambda path, map_location: torch.load(path))
         self._copy_recovery_script = lambda folder: pytest.fail("a program was left among the data")
 
@@ -41,9 +42,14 @@ class Engine:
         self.checkpoint_engine.save({"weights": self.weights, **client_state}, f"{folder}/{tag}/weights.pt")
         self._copy_recovery_script(folder)
 
+    def step(self) -> None:
+        """Take one from every weight."""
+        self.weights.grad = torch.ones(4)
+        self.optimizer.step()
+
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
         state = self.checkpoint_engine.load(f"{folder}/{tag}/weights.pt", map_location="cpu")
-        self.weights.copy_(state.pop("weights"))
+        self.weights.data.copy_(state.pop("weights"))
         return folder, state
 
 
@@ -73,7 +79,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def wait_until_settled(writer: CheckpointWriter) -> float:
+def wait_until_settled(writer: CheckpointWriter) -> Saved:
     end = time.monotonic() + PATIENCE_S
     while (settled := writer.settled()) is None:
         assert time.monotonic() < end
@@ -89,26 +95,49 @@ def restored(store: LocalStore, schedule: Any) -> tuple[int, list[float]]:
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, schedule: Any) -> None:
     store, engine, before = Slow(tmp_path), Engine(), time.time()
     writer = CheckpointWriter(engine, schedule, store, FOLDER)
-    assert writer.start(7) < PATIENCE_S / 2
-    engine.weights.fill_(9.0)  # the next step
+    writer.start(7)
+    engine.step()
     assert writer.settled() is None and store.keys(f"{FOLDER}/checkpoints") == [], "nothing counts before its manifest"
     store.go_on.set()
-    assert before <= wait_until_settled(writer) <= time.time()
+    saved = wait_until_settled(writer)
+    assert before <= saved.at_s <= time.time() and saved.stalled_s < PATIENCE_S / 2
     assert writer.settled() is None, "it is told of once"
     assert restored(store, schedule) == (7, [0.0, 1.0, 2.0, 3.0]), "as it was when the checkpoint was begun"
     assert store.path(f"{FOLDER}/checkpoints/step-000007/{MANIFEST}").is_file()
     assert sorted(path.name for path in store.path(f"{FOLDER}/checkpoints").iterdir()) == ["step-000007"]
 
 
+def test_an_update_waits_for_the_copy_and_nothing_else_does(
+    store: LocalStore, schedule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, go_on, updated, fill = Engine(), threading.Event(), threading.Event(), HostMemory.fill
+
+    def slowly(memory: HostMemory) -> None:
+        assert go_on.wait(PATIENCE_S)
+        fill(memory)
+
+    monkeypatch.setattr(HostMemory, "fill", slowly)
+    writer = CheckpointWriter(engine, schedule, store, FOLDER)
+    writer.start(1)  # returns before anything is copied
+    update = threading.Thread(target=lambda: (engine.step(), updated.set()))
+    update.start()
+    assert not updated.wait(0.3) and engine.weights.tolist() == [0.0, 1.0, 2.0, 3.0]
+    go_on.set()
+    assert updated.wait(PATIENCE_S) and engine.weights.tolist() == [-1.0, 0.0, 1.0, 2.0]
+    assert 0.3 <= wait_until_settled(writer).stalled_s < PATIENCE_S / 2
+    assert restored(store, schedule) == (1, [0.0, 1.0, 2.0, 3.0])
+    assert not engine.optimizer._optimizer_step_pre_hooks, "later steps ask nobody"
+
+
 def test_one_is_written_at_a_time_and_two_are_kept(store: LocalStore, schedule: Any) -> None:
     engine = Engine()
     writer = CheckpointWriter(engine, schedule, store, FOLDER)
     for step in (1, 2, 3):
-        engine.weights.fill_(step)
+        engine.step()
         writer.start(step)
     writer.finish()
     assert store.keys(f"{FOLDER}/checkpoints") == ["step-000002", "step-000003"]
-    assert restored(store, schedule) == (3, [3.0] * 4)
+    assert restored(store, schedule) == (3, [-3.0, -2.0, -1.0, 0.0])
 
 
 def test_save_now_returns_when_it_is_durable(store: LocalStore, schedule: Any) -> None:
@@ -170,8 +199,8 @@ def test_copies_are_apart_share_what_is_shared_and_use_their_memory_again(seed: 
 
     def copied() -> Any:
         memory.begin()
-        found = memory.copy(state)
-        memory.finish()
+        found = memory.plan(state)
+        memory.fill()
         return found
 
     first = copied()

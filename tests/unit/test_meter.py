@@ -118,9 +118,9 @@ def test_a_checkpoints_stall_is_posted_with_its_steps(clock: Clock) -> None:
     for step in range(3):
         clock.now += 2.0
         if step == 1:
-            meter.stalled(0.25)
+            meter.saved(1.5, 0.25)
         meter.add(step, torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]), None, None, {})
     points = [metrics for _, metrics in board.points if names.LOSS in metrics]
     assert [point.get(names.CHECKPOINT_STALL_S) for point in points] == [None, 0.25, None]
-    meter.saved(12.5)
+    meter.saved(12.5, 0.0)
     assert board.points[-1][1] == {names.LAST_CHECKPOINT_TIME_S: 12.5}
