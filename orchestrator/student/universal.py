@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,10 +26,8 @@ from orchestrator.errors import IntegrityError, SpecError
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.store.files import Store, storage_faults
 from orchestrator.store.records import MANIFEST, FileRecord, Record, describe_folder
-from orchestrator.student.ranks import everywhere, from_first_rank, gathered
+from orchestrator.student.ranks import await_key, everywhere, from_first_rank, gathered
 
-LOOK_S = 0.5
-"""Between two looks whether the ranks of another node have converted a checkpoint."""
 _PREFIX = "universal-"
 
 
@@ -75,8 +72,7 @@ def make_universal(store: Store, checkpoints: str, name: str, files: dict[str, F
     team = Team.of(None)
     if team.member:
         team.help(team.folder.parent)
-    while not store.exists(key):
-        time.sleep(LOOK_S)
+    await_key(store, key)
 
 
 def load_universal(engine: Any, path: Path, tag: str) -> dict[str, Any]:

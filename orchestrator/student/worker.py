@@ -21,13 +21,14 @@ from orchestrator.plan.schedule import learning_rate
 from orchestrator.runtime.board import STUDENT_SHARDS
 from orchestrator.runtime.environment import limit_threads, prepare_deepspeed
 from orchestrator.store.files import StillOurs, Store, unguarded
-from orchestrator.store.records import MODEL, finish_model
+from orchestrator.store.records import MANIFEST, MODEL, finish_model
 from orchestrator.student.best import Selection
 from orchestrator.student.checkpoint import CheckpointWriter, drop_checkpoints, restore_checkpoint
 from orchestrator.student.feed import Feed, MicroBatch
 from orchestrator.student.heldout import Evaluator
 from orchestrator.student.job import TrainingJob
 from orchestrator.student.meter import Meter, peak_memory_bytes
+from orchestrator.student.ranks import await_key
 from orchestrator.student.trainer import Trainer, start_trainer
 from orchestrator.tracking.names import HELDOUT_CE_NATS
 
@@ -126,7 +127,6 @@ def save_model(
             finish_model(store, job.folder, job.vocab_size, training | selection.finish())
         drop_checkpoints(store, job.folder)
         store.remove(f"{job.folder}/best")
-    dist.barrier()
 
 
 def write_model(
@@ -158,4 +158,4 @@ def write_model(
     if first:
         still_ours()
         finish_model(store, folder, job.vocab_size, figures)
-    dist.barrier()
+    await_key(store, f"{folder}/{MANIFEST}")  # no barrier: to upload a large model takes longer than one waits
