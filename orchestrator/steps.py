@@ -151,7 +151,7 @@ def prepare_student(run: Run, tokens: Tokens, teacher: ModelFolder) -> Model | I
             run.store,
             f"{origin.stage}/lock",
             lambda: finished_initial(origin),
-            lambda still_ours: make_initial(origin, still_ours),
+            lambda lock: make_initial(origin, lock),
             Waiting(run.display.say),
         )
         if not made.here:

@@ -100,7 +100,7 @@ class Train(Spec):
     cpus_per_worker: Annotated[float, NO_RESULT] = Field(default=1, gt=0)
     gpus_per_worker: Annotated[float, NO_RESULT] = Field(default=0, ge=0)
     checkpoint_every: Annotated[int, NO_RESULT] = Field(default=50, ge=1)
-    """Steps between checkpoints; what a killed run repeats at most."""
+    """Steps between checkpoints. A killed run repeats at most these, and those made while the last one was being written."""
     keep: Literal["last", "best"] = "last"
     """Which weights training ends with; best: those of the evaluation (`evaluate.every`) with the least held-out cross
     entropy."""

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,39 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 StillOurs = Callable[[], None]
 """Raises `LockedError` if a lock that was taken has been lost since."""
 
+UNFINISHED = ".tmp"
+"""Beginning of the names of things that are still being made: `Store.keys` leaves them out, `Store.sweep` removes them."""
+
+
+def unguarded() -> None:
+    """Let a write through that no lock guards."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A lock that this process holds; call it to learn whether that is still so."""
+
+    token: str
+    """Names this one taking of the lock. Other processes may ask by it (`Store.check_lock`)."""
+    still_ours: StillOurs
+
+    def __call__(self) -> None:
+        """Raise `LockedError` if the lock has been lost since."""
+        self.still_ours()
+
+
+@dataclass(frozen=True)
+class HeldElsewhere:
+    """A lock that another process holds for this one, such as a driver for its workers."""
+
+    store: Store
+    key: str
+    token: str
+
+    def __call__(self) -> None:
+        """Raise `LockedError`, naming the new holder, if the lock is not held under this token any more."""
+        self.store.check_lock(self.key, self.token)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -35,7 +68,7 @@ class Part:
     folder: Path
     """Where it writes."""
     files: dict[str, FileRecord] = field(default_factory=dict[str, "FileRecord"])
-    """By relative name, once it has written them all."""
+    """By relative name, once it has written them all. Files that are put in here before the part ends are not hashed again."""
 
 
 class Store(ABC):
@@ -99,30 +132,55 @@ class Store(ABC):
 
     @abstractmethod
     def forget(self, key: str) -> None:
-        """Free what `local(key)` takes on this node beside the storage; nobody may be reading it."""
+        """Free what `local(key)` and `outline(key)` take on this node beside the storage; nobody may be reading it."""
+
+    @abstractmethod
+    def holds(self, key: str, files: Mapping[str, FileRecord]) -> bool:
+        """Whether these files of the finished folder `key`, by relative name, are what they were when they were recorded."""
+
+    @abstractmethod
+    def outline(self, key: str) -> Path:
+        """The finished folder `key` as a folder on this node whose files may be empty until they are fetched.
+
+        For programs that open few of many files. Raises `FileNotFoundError` if there is no such folder.
+        """
+
+    @abstractmethod
+    def fetch(self, key: str, name: str) -> Path:
+        """The file `name` of `outline(key)`, now with its content.
+
+        Raises `IntegrityError` if what arrives here is not what was stored.
+        """
 
     @abstractmethod
     def part_of(self, key: str) -> AbstractContextManager[Part]:
-        """A new folder to write a part of the folder `key` in; stored, but not visible, when the block ends."""
+        """A new folder to write a part of the folder `key` in; durable, but not visible, when the block ends."""
 
     @abstractmethod
-    def publish(self, key: str, parts: Sequence[Part]) -> None:
-        """Make the folder `key` of its stored `parts`, in place of what may stand there; called by one process."""
+    def publish(self, key: str, parts: Sequence[Part], still_ours: StillOurs = unguarded) -> None:
+        """Make the folder `key` of its stored `parts`, in place of what may stand there; called by one process.
+
+        Raises what `still_ours` does, which is asked last before anything becomes visible.
+        """
 
     @abstractmethod
     def sweep(self, folder: str) -> None:
         """Remove from `folder` the parts of folders that were never published; nobody may be building there."""
 
     @contextmanager
-    def folder_for(self, key: str) -> Generator[Path]:
-        """A new folder to build `key` in; published when the block ends without an error."""
+    def folder_for(self, key: str, still_ours: StillOurs = unguarded) -> Generator[Path]:
+        """A new folder to build `key` in; published when the block ends without an error, if it is `still_ours` to do."""
         with self.part_of(key) as part:
             yield part.folder
-        self.publish(key, [part])
+        self.publish(key, [part], still_ours)
 
     @abstractmethod
-    def exclusive(self, key: str) -> AbstractContextManager[StillOurs]:
+    def exclusive(self, key: str) -> AbstractContextManager[Lock]:
         """Hold the lock `key`; raises `LockedError`, naming the holder, if another process has it."""
+
+    @abstractmethod
+    def check_lock(self, key: str, token: str) -> None:
+        """Raise `LockedError`, naming the holder, unless the lock `key` is held under `token`; any process may ask."""
 
     @abstractmethod
     def held(self, key: str) -> bool:
@@ -160,7 +218,7 @@ def local_folder(address: str) -> Path:
 
 
 @contextmanager
-def storage_faults(path: Path) -> Generator[None]:
+def storage_faults(path: Path | str) -> Generator[None]:
     """Turn an operating system error on `path` into an `EnvironmentFault` that names it."""
     try:
         yield

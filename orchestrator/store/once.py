@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from orchestrator.errors import LockedError, ResumableError
-from orchestrator.store.files import StillOurs, Store
+from orchestrator.store.files import Lock, Store
 
 T = TypeVar("T")
 LOOK_EVERY_S = 2.0
@@ -34,7 +34,7 @@ class Waiting:
 
 
 def make_once(
-    store: Store, lock: str, finished: Callable[[], T | None], make: Callable[[StillOurs], T], waiting: Waiting
+    store: Store, lock: str, finished: Callable[[], T | None], make: Callable[[Lock], T], waiting: Waiting
 ) -> Made[T]:
     """The result that `finished` finds, or that `make` makes while this process holds `lock`.
 
@@ -48,14 +48,14 @@ def make_once(
             return Made(result, here=False)
         with ExitStack() as stack:
             try:
-                still_ours = stack.enter_context(store.exclusive(lock))
+                held = stack.enter_context(store.exclusive(lock))
             except LockedError as error:
                 if not told:
                     waiting.say(f"{error}; waiting for its result")
                 told = True
             else:
                 result = finished()  # the process that held the lock until now may have finished
-                return Made(make(still_ours), here=True) if result is None else Made(result, here=False)
+                return Made(make(held), here=True) if result is None else Made(result, here=False)
         reason = waiting.aborted()
         if reason:
             raise ResumableError(f"stopped waiting for another run: {reason}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -151,10 +151,10 @@ def describe_folder(folder: Path, names: Iterable[str] | None = None) -> dict[st
     return {str(p.relative_to(folder)): FileRecord(sha256=sha256_of(p), bytes=p.stat().st_size) for p in files}
 
 
-def contents_beside_manifest(store: Store, key: str) -> dict[str, FileRecord] | None:
-    """`Store.contents` without the manifest that lies among them."""
-    files = store.contents(key)
-    return None if files is None else {name: record for name, record in files.items() if name != MANIFEST}
+def describe_rest(folder: Path, described: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Size and hash of the files of `folder` that are not `described` yet, by relative name."""
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return describe_folder(folder, names - described.keys())
 
 
 def finished_model(store: Store, stage_key: str) -> ModelFolder | None:

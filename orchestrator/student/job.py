@@ -16,7 +16,7 @@ from orchestrator.store.heldout import HeldoutLog
 from orchestrator.store.records import Record, TokenManifest
 
 CHECKPOINT_PREFIX = "step-"
-TRAINING_VERSION = 4
+TRAINING_VERSION = 5
 """Raised when the code makes other weights of the same job."""
 
 
@@ -116,7 +116,7 @@ class TrainingJob:
         return self.order.shards_until(self.steps)
 
 
-def checkpoint_steps(store: Store, folder: str) -> list[int]:
-    """Steps of the published checkpoints of the training in stage `folder`, intact or not, ascending."""
-    names = [name for name in store.keys(f"{folder}/checkpoints") if name.startswith(CHECKPOINT_PREFIX)]
+def checkpoint_steps(store: Store, checkpoints: str) -> list[int]:
+    """Steps of the published checkpoints in the folder `checkpoints`, intact or not, ascending."""
+    names = [name for name in store.keys(checkpoints) if name.startswith(CHECKPOINT_PREFIX)]
     return sorted(int(name.removeprefix(CHECKPOINT_PREFIX)) for name in names)

@@ -16,7 +16,7 @@ from ray.train.v2._internal.constants import DEFAULT_WORKER_GROUP_START_TIMEOUT_
 
 from orchestrator.errors import EnvironmentFault, ResumableError, one_line
 from orchestrator.faults import RETRIED, Fault, diagnose
-from orchestrator.store.files import StillOurs, Store
+from orchestrator.store.files import HeldElsewhere, Lock, StillOurs, Store
 from orchestrator.store.once import Made, Waiting, make_once
 from orchestrator.store.records import ModelFolder, finished_model
 from orchestrator.student.job import TrainingJob, checkpoint_steps
@@ -43,26 +43,31 @@ def train_model(host: Host, job: TrainingJob, awaits_room: Callable[[], bool] = 
     from a dead worker, and keeps its own checkpoints; ours are found again by any later run.
     """
 
+    lock_key = f"{job.folder}/lock"
+
     def aborted() -> str | None:
         return ray.get(host.board.aborted.remote())
 
-    def train(still_ours: StillOurs) -> ModelFolder:
-        _until_done(host, job, awaits_room, aborted)
-        still_ours()
+    def train(lock: Lock) -> ModelFolder:
+        _until_done(host, job, HeldElsewhere(host.store, lock_key, lock.token), awaits_room, aborted)
+        lock()
         model = finished_model(host.store, job.folder)
         assert model is not None
         return model
 
     waiting = Waiting(lambda text: host.say(f"{job.stage}: {text}"), aborted)
-    return make_once(host.store, f"{job.folder}/lock", lambda: finished_model(host.store, job.folder), train, waiting)
+    return make_once(host.store, lock_key, lambda: finished_model(host.store, job.folder), train, waiting)
 
 
-def _until_done(host: Host, job: TrainingJob, awaits_room: Callable[[], bool], aborted: Callable[[], str | None]) -> None:
+def _until_done(
+    host: Host, job: TrainingJob, still_ours: StillOurs, awaits_room: Callable[[], bool], aborted: Callable[[], str | None]
+) -> None:
     """Start the worker group, and again after each failure that another attempt may mend.
 
     A new checkpoint renews the budget of such failures: a week on a thousand devices meets many.
     """
     config = {"store": host.store, "job": job, "board": host.board, "tokenizer_folder": host.tokenizer_folder}
+    config["still_ours"] = still_ours
     failures, reached = 0, _newest_step(host.store, job)
     while True:
         patient = awaits_room()
@@ -87,7 +92,7 @@ def _until_done(host: Host, job: TrainingJob, awaits_room: Callable[[], bool], a
 
 
 def _newest_step(store: Store, job: TrainingJob) -> int:
-    return max(checkpoint_steps(store, job.folder), default=0)
+    return max(checkpoint_steps(store, f"{job.folder}/checkpoints"), default=0)
 
 
 def _no_room(job: TrainingJob) -> EnvironmentFault:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -45,8 +45,12 @@ class Trainer(Protocol):
         """
         ...
 
-    def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The state of `module`, the model or a part of it, unsharded, on the CPU of rank 0; called on every rank."""
+    def tensors(self, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers of `module`, the model or a part of it, one after another: whole, on the CPU of rank 0.
+
+        Called on every rank and gone through to the end; on the others nothing comes. Parameters are of `dtype`. Names are
+        transformers', and a tied parameter comes once, under its first name.
+        """
         ...
 
 

@@ -26,6 +26,7 @@ HELDOUT_CE_NATS = "heldout/ce_nats"
 HELDOUT_KL_NATS = "heldout/kl_nats"
 SHARDS_STARTED = "train/shards_started"
 LAST_CHECKPOINT_TIME_S = "train/last_checkpoint_time_s"
+CHECKPOINT_STALL_S = "train/checkpoint_stall_s"
 RESTARTS = "train/restarts"
 NONFINITE_LOSSES = "train/nonfinite_losses"
 SHARDS_COMMITTED = "label/shards_committed"
@@ -118,6 +119,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 "When the last checkpoint was written, or training began: what was done since would be lost",
                 "state",
             ),
+            Metric(CHECKPOINT_STALL_S, "s", "Time that training stood still for a checkpoint, told when that is durable"),
             Metric(RESTARTS, "restarts", "Restarts after a process of the stage died", "count"),
             Metric(NONFINITE_LOSSES, "steps", "Steps whose loss or gradient was not finite", "count"),
             Metric(SHARDS_COMMITTED, "shards", "Label shards committed so far"),

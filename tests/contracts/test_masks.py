@@ -14,7 +14,7 @@ from orchestrator.models.build import build_model
 from orchestrator.models.mtp import MultiTokenPrediction
 from orchestrator.spec.model import Model
 from orchestrator.spec.objective import ForwardKl
-from orchestrator.student.distiller import Distiller
+from orchestrator.student.distiller import Distiller, head_loss
 from orchestrator.student.feed import Mask
 
 VOCAB, ROWS, SEQ, MTP_WEIGHT = 61, 3, 10, 0.3
@@ -75,3 +75,14 @@ def test_nothing_learnt_is_no_loss(seed: int) -> None:
     terms = case.terms(Mask(torch.zeros(ROWS, SEQ, dtype=torch.bool), 0.4))
     assert terms.tolist() == [0.0] * len(terms)
     assert not any(g.any() for g in case.gradients(terms[0]))
+
+
+def test_which_targets_are_learnt_is_asked_of_no_device(seed: int) -> None:
+    """A meta tensor has no values, so whatever would wait for a device to learn some fails on it."""
+    case = Case(seed)
+    model, hidden = case.student.model.to("meta"), torch.empty(ROWS, SEQ, SHAPE["hidden_size"], device="meta").double()
+    ids, teacher = case.ids.to("meta"), Dense(case.teacher.to("meta"))
+    terms = head_loss(model, hidden, ids, MIXTURE, teacher, Mask(case.kept, 0.4))
+    assert terms.is_meta and terms.shape == (3,)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        head_loss(model, hidden, ids, MIXTURE, teacher, Mask(case.kept.to("meta"), 0.4))

@@ -120,7 +120,7 @@ def trained(
     def after(done: int) -> bool:
         if evaluate:
             found.append(evaluator.evaluate())
-            trainer.whole_state(trainer.model, torch.float32)  # as if this were the best
+            dict(trainer.tensors(trainer.model, torch.float32))  # as if this were the best
         if done == again:
             train_step(trainer, job, schedule, *next(Feed(bench.store, job, trainer.data_rank, lambda: None).steps(done)))
         return True
@@ -133,7 +133,7 @@ def trained(
 
 
 def digest(trainer: Any) -> str:
-    state = trainer.whole_state(trainer.model, torch.float32)
+    state = dict(trainer.tensors(trainer.model, torch.float32))
     return hashlib.sha256(b"".join(value.contiguous().numpy().tobytes() for value in state.values())).hexdigest()
 
 

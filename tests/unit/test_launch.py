@@ -12,6 +12,7 @@ import ray
 from ray.train import WorkerGroupError
 
 from orchestrator.errors import DataError, EnvironmentFault, ResumableError
+from orchestrator.store.files import unguarded
 from orchestrator.store.local import LocalStore
 from orchestrator.student import launch
 from orchestrator.student.launch import Host, _until_done
@@ -46,7 +47,7 @@ class Attempts:
         self.plan, self.begun = list(plan), 0
         board = SimpleNamespace(post=SimpleNamespace(remote=lambda *_: None))
         host = Host(self.store, board, "tokenizer", self.said.append, self.said.append)
-        _until_done(host, training(Train(max_restarts=2)), awaits_room, lambda: self.aborted)
+        _until_done(host, training(Train(max_restarts=2)), unguarded, awaits_room, lambda: self.aborted)
 
 
 @pytest.fixture

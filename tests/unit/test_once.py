@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.errors import ResumableError
 from orchestrator.store import once
-from orchestrator.store.files import StillOurs
+from orchestrator.store.files import Lock
 from orchestrator.store.local import LocalStore
 from orchestrator.store.once import Made, Waiting, make_once
 
@@ -31,11 +31,11 @@ class Work:
     def finished(self) -> str | None:
         return self.store.read("made").decode() if self.store.exists("made") else None
 
-    def make(self, still_ours: StillOurs) -> str:
+    def make(self, lock: Lock) -> str:
         self.times += 1
         self.begun.set()
         assert self.may_end.wait(20)
-        still_ours()
+        lock()
         if self.fail:
             raise ValueError("given up")
         self.store.put_if_absent("made", b"it")

@@ -129,7 +129,7 @@ def test_deepspeed_config(precision: Any, stage: Any) -> None:
     assert config["zero_optimization"] == {"stage": stage}
     optimizer = config["optimizer"]
     assert optimizer["type"] == "AdamW"
-    assert optimizer["params"] == {"lr": 3e-4, "betas": [0.8, 0.99], "weight_decay": 0.05, "torch_adam": True}
+    assert optimizer["params"] == {"lr": 3e-4, "betas": [0.8, 0.99], "weight_decay": 0.05, "torch_adam": True, "fused": True}
     assert ("bf16" in config) == (precision == "bf16")
     assert "fp16" not in config
     if precision == "bf16":
