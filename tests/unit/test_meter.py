@@ -63,6 +63,10 @@ def test_time_of_an_evaluation_is_neither_training_nor_waiting(monkeypatch: pyte
     assert (summary["steps"], summary["steps_asked"], summary["rows_seen"], summary["passes"]) == (4, 4, 64, 64 / 36)
 
 
+def applied(means: Any) -> StepResult:
+    return StepResult(means, torch.ones(1), True)
+
+
 class Busy:
     """The figures of a step that a device has still to work on when they are asked for."""
 
@@ -97,7 +101,7 @@ def test_time_of_the_device_belongs_to_what_it_worked_on(clock: Clock) -> None:
     meter = Meter(training(None, steps=3), board, feed)  # type: ignore[arg-type]
     for step in range(3):
         clock.now += 1.0  # until the step is asked for; the device needs three more
-        meter.add(step, Busy(clock, 3.0), None, None, {})  # type: ignore[arg-type]
+        meter.add(step, applied(Busy(clock, 3.0)), None, None, {})
     points = [metrics for _, metrics in board.points if names.LOSS in metrics]
     assert [point[names.INTERVAL_S] for point in points] == [4.0, 4.0, 4.0]
     assert meter.summary()["tokens_per_s"] == TOKENS / 4.0, "of the steps after the first"
@@ -108,7 +112,7 @@ def test_figures_stay_on_the_device_until_they_are_posted(clock: Clock) -> None:
     meter = Meter(training(None, steps=4), board, feed)  # type: ignore[arg-type]
     for step, norm in enumerate(norms):
         clock.now += 0.4
-        meter.add(step, torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]), norm, None, {})
+        meter.add(step, applied(torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])), norm, None, {})
         assert [norm.read for norm in norms] == [1, *[int(step == 3)] * 3], "the first, and later about one a second"
     assert [metrics[names.GRAD_NORM] for _, metrics in board.points if names.LOSS in metrics] == [2.0] * 4
 
@@ -120,7 +124,7 @@ def test_a_checkpoints_stall_is_posted_with_its_steps(clock: Clock) -> None:
         clock.now += 2.0
         if step == 1:
             meter.saved(1.5, 0.25)
-        meter.add(step, torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]), None, None, {})
+        meter.add(step, applied(torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])), None, None, {})
     points = [metrics for _, metrics in board.points if names.LOSS in metrics]
     assert [point.get(names.CHECKPOINT_STALL_S) for point in points] == [None, 0.25, None]
     meter.saved(12.5, 0.0)
