@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.errors import LockedError
-from orchestrator.store.files import StillOurs, storage_faults
+from orchestrator.store.interface import StillOurs, storage_faults
 
 LOOK_S = 0.02
 """Longest wait between two tries while other processes only look at the lock."""

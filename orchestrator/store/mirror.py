@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from orchestrator.errors import EnvironmentFault, LockedError
-from orchestrator.store.files import StillOurs, Store, storage_faults
+from orchestrator.store.interface import StillOurs, Store, storage_faults
 
 EVERY_S = 5.0
 

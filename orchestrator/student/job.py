@@ -14,7 +14,7 @@ from orchestrator.spec.train import Train
 from orchestrator.store.heldout import HeldoutLog
 from orchestrator.store.records import Record, TokenManifest
 
-TRAINING_VERSION = 4
+TRAINING_VERSION = 5
 """Raised when the code makes other weights of the same job."""
 
 
@@ -107,7 +107,8 @@ class TrainingJob:
 
     @property
     def order(self) -> TrainingOrder:
-        return TrainingOrder(self.manifest.shard_rows, self.seed, self.train.global_batch)
+        manifest = self.manifest
+        return TrainingOrder(manifest.train.rows, manifest.group_rows, self.seed, self.train.global_batch, self.steps)
 
     def demanded_shards(self) -> list[int]:
         """Token shards that training will touch, in the order of first use."""

@@ -66,11 +66,8 @@ class Replicated:
         return means.detach()
 
     def _forward(self, mixture: Mixture, micro: MicroBatch) -> torch.Tensor:
-        on = self.engine.device
-        soft = None if micro.soft is None else micro.soft.map(lambda t: t.to(on))
-        features = {name: states.to(on) for name, states in micro.features.items()}
-        mask = None if micro.mask is None else micro.mask.map(lambda t: t.to(on))
-        return self.engine(micro.ids.to(on), mixture, soft, features, mask)
+        micro = micro.on(self.engine.device)
+        return self.engine(micro.ids, mixture, micro.soft, micro.features, micro.mask)
 
     def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         first = dist.get_rank() == 0

@@ -97,7 +97,7 @@ class Labeller:
         began_s, idle_s = time.time(), time.perf_counter() - self._idle_since
         blocked_s = self._wait_for_student(position)
         started = time.perf_counter()
-        record = self._manifest.train[shard]
+        record = self._manifest.train.record(self._work.store, shard)
         tokens = read_tokens(self._work.store, f"{self._work.data_folder}/train", record)
         committed = self._train.log.commit(shard, tokens, self.encode(self._train, shard, tokens))
         return self._receipt(committed, began_s, started, idle_s, blocked_s)
@@ -127,8 +127,8 @@ class Labeller:
             "process": os.getpid(),
         }
 
-    def encode(self, book: _Book, shard: int, tokens: TokenShard) -> Columns:
-        """The label columns of a whole shard; raises `DataError` for a teacher that answers nonsense."""
+    def encode(self, book: _Book, shard: int, tokens: TokenShard) -> list[Columns]:
+        """The label columns of each row group of a shard; raises `DataError` for a teacher that answers nonsense."""
         parts: list[Arrays] = []
         ids = torch.from_numpy(tokens.ids[:, :-1]).long()
         if int(ids.max()) >= self._work.vocab_size:
@@ -146,7 +146,7 @@ class Labeller:
                 parts.append(book.codec.extract(answer, seeds))
             except DataError as error:
                 raise DataError(f"label shard {shard}, rows from {start}: {error}") from error
-        return book.codec.pack(join(parts))
+        return book.codec.pack_groups(join(parts), self._manifest.group_rows)
 
     def _wait_for_student(self, position: int) -> float:
         """Seconds spent until the student is close enough behind; raises `ResumableError` if it will never come."""

@@ -36,7 +36,8 @@ from orchestrator.spec.model import Model, Replicas, TeacherBase
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MANIFEST, TokenManifest
-from orchestrator.store.shards import TokenShard, put_shard
+from orchestrator.store.shard_pages import paged
+from orchestrator.store.shards import TokenShard, put_tokens
 from orchestrator.teacher.backend import Replica
 from orchestrator.teacher.labeller import Labeller, Labelling
 from orchestrator.teacher.placement import Placement
@@ -61,8 +62,8 @@ def prepare(store: LocalStore) -> Labelling:
     model.save_pretrained(store.path("teacher"))
     ids = np.random.default_rng(0).integers(0, VOCAB, (SHARDS, ROWS, SEQ + 1), dtype=np.int32)
     tokens = [TokenShard([f"{s:08d}{r:08d}".encode() for r in range(ROWS)], ids[s]) for s in range(SHARDS)]
-    records = [put_shard(store, "data/train", index, shard.to_table()) for index, shard in enumerate(tokens)]
-    manifest = TokenManifest.without_corpus(SEQ, VOCAB, records)
+    records = [put_tokens(store, "data/train", index, shard, 16) for index, shard in enumerate(tokens)]
+    manifest = TokenManifest.without_corpus(SEQ, VOCAB, paged(store, "data/train", records))
     manifest.save(store, f"data/{MANIFEST}")
     return Labelling(
         store=store,

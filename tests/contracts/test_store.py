@@ -305,5 +305,5 @@ def test_a_label_log_is_written_followed_and_sealed(store: Store) -> None:
     assert log.missing([2, 0, 1]) == [] and [shard for shard, _ in verified(log)] == [0, 1, 2]
     log.keep("basis", b"kept")
     assert log.kept("basis") == b"kept"
-    seal, ledger = log.seal([0, 1, 2], manifest_of(shards))
+    seal, ledger = log.seal([0, 1, 2], manifest_of(store, shards))
     assert ledger.balanced and seal.rows == 12
