@@ -161,7 +161,7 @@ class ShardFile:
             raise IntegrityError(f"{self.where}: the file {self.record.file} is gone") from error
 
     def _changed(self) -> IntegrityError:
-        return IntegrityError(f"{self.where}: sha256 mismatch, the file {self.record.file} has changed since it was written")
+        return IntegrityError(f"{self.where}: sha256 mismatch, the file has changed since it was written")
 
 
 def binary_column(table: pa.Table, name: str) -> list[bytes]:
