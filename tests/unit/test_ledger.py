@@ -119,5 +119,5 @@ def test_a_damaged_file_is_not_sealed(log: LabelLog, shards: list[TokenShard], d
         os.truncate(file, records[1].bytes // 2)
     else:
         flip(file, 8 * (records[1].bytes - records[1].footer_bytes // 2))
-    with pytest.raises(IntegrityError, match="label shard 1: (the file .* is gone|sha256 mismatch)"):
+    with pytest.raises(IntegrityError, match=r"label shard 1: (the file .* is gone|sha256 mismatch)"):
         log.seal([0, 1, 2, 3], manifest_of(log.store, shards))

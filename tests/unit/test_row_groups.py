@@ -94,9 +94,7 @@ def test_a_flipped_bit_is_found_by_those_who_read_its_group(
 
 
 @pytest.mark.parametrize("damage", ["footer", "truncated", "gone", "exchanged"])
-def test_a_footer_that_is_not_the_records_is_not_believed(
-    shard: tuple[Metered, TokenShard, ShardRecord], damage: str
-) -> None:
+def test_a_footer_that_is_not_the_records_is_not_believed(shard: tuple[Metered, TokenShard, ShardRecord], damage: str) -> None:
     store, _, record = shard
     path = store.path(f"{FOLDER}/{record.file}")
     if damage == "footer":

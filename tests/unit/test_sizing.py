@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,5 +48,5 @@ def test_a_piece_is_cut_evenly(rows: int, groups: int, group: int) -> None:
     assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
     sizes = [part.stop - part.start for part in parts]
     assert all(0 < size <= most for size in sizes) and all(size % group == 0 for size in sizes[:-1])
-    assert len(parts) == -(-(-(-rows // group)) // groups)
+    assert len(parts) == math.ceil(math.ceil(rows / group) / groups)
     assert not sizes or max(sizes) - min(sizes) < 2 * group
