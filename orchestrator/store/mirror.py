@@ -1,6 +1,6 @@
 """Files that are written on and on, such as a log, in a storage that knows only whole files.
 
-What is in a file `log.jsonl`, which only ever grows, is stored as that file and, once it is large, as `log.jsonl.tail`: what came
+A file `log.jsonl`, which only ever grows, is stored as that file and, once it is large, as `log.jsonl.tail` with what came
 since. The tail is stored again and again, the whole file only when the tail has become a good part of it, so what travels
 stays in proportion to what was written. At the end the whole file is stored and the tail removed.
 """
