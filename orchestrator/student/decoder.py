@@ -12,7 +12,8 @@ import pickle
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 from orchestrator.errors import ResumableError
@@ -34,7 +35,7 @@ class Decoder:
     def __init__(self, source: GroupSource) -> None:
         self._source = source
         self._asking = ThreadPoolExecutor(1, thread_name_prefix="decoder")
-        self._deaths = 0
+        self._deaths, self._closed, self._replacing = 0, False, threading.Lock()
         self._process = self._start()
 
     def group(self, shard: int, group: int) -> Future[Group]:
@@ -47,8 +48,10 @@ class Decoder:
     def close(self) -> None:
         """End the process; groups that were asked for and have not come will not."""
         self._asking.shutdown(wait=False, cancel_futures=True)
-        self._process.kill()
-        self._process.wait()
+        with self._replacing:
+            self._closed = True
+            self._process.kill()
+            self._process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", START, json.dumps(sys.path)]
@@ -64,16 +67,21 @@ class Decoder:
                 answer: Any = pickle.load(self._process.stdout)
                 break
             except (OSError, EOFError, pickle.UnpicklingError) as error:
-                self._deaths += 1
-                code = self._process.wait()
-                if self._deaths > DEATHS:
-                    raise ResumableError(
-                        f"the process that decodes labels died {DEATHS + 1} times (exit code {code})"
-                    ) from error
-                self._process = self._start()
+                self._replace(error)
         if isinstance(answer, BaseException):
             raise answer
         return answer
+
+    def _replace(self, error: Exception) -> None:
+        """Start the process again after it has died of something else than `close`."""
+        with self._replacing:
+            if self._closed:
+                raise CancelledError from error
+            code, self._deaths = self._process.wait(), self._deaths + 1
+            if self._deaths > DEATHS:
+                died = f"died {self._deaths} times, at last with exit code {code}"
+                raise ResumableError(f"the process that decodes labels {died}") from error
+            self._process = self._start()
 
     @staticmethod
     def _send(process: subprocess.Popen[bytes], what: object) -> None:

@@ -9,6 +9,7 @@ import ray.data
 
 from orchestrator.runtime.session import quiet_ray_data
 from orchestrator.spec.model import Replicas
+from orchestrator.teacher.hand_out import handed_out
 from orchestrator.teacher.labeller import Labeller, Labelling
 from orchestrator.teacher.pace import Pace
 from orchestrator.teacher.placement import Placement
@@ -30,7 +31,7 @@ def label_shards(
     pool = ray.data.ActorPoolStrategy(min_size=replicas.min, max_size=replicas.max, max_tasks_in_flight_per_actor=2)
     with placement:
         placement.reserve(replicas.min)
-        receipts = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches_internal(
+        receipts = handed_out(rows).map_batches_internal(
             Labeller,
             fn_constructor_args=(work,),
             batch_size=1,

@@ -292,6 +292,18 @@ def test_of_eight_that_want_a_lock_one_gets_it(store: Store, quick: None) -> Non
     assert (len(entered), len(refused)) == (1, 7)
 
 
+# Parts of files.
+
+
+def test_a_range_is_read_by_itself(store: Store) -> None:
+    store.put_if_absent("file", bytes(range(100)))
+    assert store.read_range("file", 0, 100) == bytes(range(100))
+    assert store.read_range("file", 30, 5) == bytes(range(30, 35))
+    assert store.read_range("file", 95, 50) == bytes(range(95, 100)), "the file ends before"
+    with pytest.raises(FileNotFoundError):
+        store.read_range("other", 0, 1)
+
+
 # The label log, wherever it lies.
 
 
