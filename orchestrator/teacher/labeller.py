@@ -129,7 +129,7 @@ class Labeller:
 
     def encode(self, book: _Book, shard: int, tokens: TokenShard) -> list[Columns]:
         """The label columns of each row group of a shard; raises `DataError` for a teacher that answers nonsense."""
-        parts: list[Arrays] = []
+        parts, groups, group_rows = list[Arrays](), list[Columns](), self._manifest.group_rows
         ids = torch.from_numpy(tokens.ids[:, :-1]).long()
         if int(ids.max()) >= self._work.vocab_size:
             raise DataError(
@@ -146,7 +146,11 @@ class Labeller:
                 parts.append(book.codec.extract(answer, seeds))
             except DataError as error:
                 raise DataError(f"label shard {shard}, rows from {start}: {error}") from error
-        return book.codec.pack_groups(join(parts), self._manifest.group_rows)
+            done = start + len(part)
+            if done % group_rows == 0 or done == len(ids):
+                groups += book.codec.pack_groups(join(parts), group_rows)
+                parts.clear()
+        return groups
 
     def _wait_for_student(self, position: int) -> float:
         """Seconds spent until the student is close enough behind; raises `ResumableError` if it will never come."""
