@@ -26,7 +26,7 @@ from orchestrator.errors import IntegrityError
 from orchestrator.store.interface import Store
 from orchestrator.store.shard_pages import ShardRecord
 
-GROUPS = b"row_groups"
+GROUPS = "row_groups"
 """Key of the footer's metadata under which the row groups are listed."""
 MAGIC_BYTES = 4
 """What a Parquet file begins with."""
@@ -102,24 +102,24 @@ class ShardFile:
         """Read once."""
         record = self.record
         data = self._range(record.bytes - record.footer_bytes, record.footer_bytes, record.footer_sha256)
-        metadata = pq.read_metadata(pa.BufferReader(data))
-        groups = tuple(RowGroup(*group) for group in json.loads(metadata.metadata[GROUPS]))
+        metadata: Any = pq.read_metadata(pa.BufferReader(data))
+        groups = tuple(RowGroup(*group) for group in json.loads(metadata.metadata[GROUPS.encode()]))
         assert metadata.num_row_groups == len(groups)
         if metadata.num_rows != record.rows:
             raise IntegrityError(f"{self.where}: {metadata.num_rows} rows where {record.rows} were committed")
         return Footer(metadata, groups)
 
-    def group(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """Row group `number`, of all columns or of some; nothing else of the file is read."""
+    def group(self, number: int) -> pa.Table:
+        """Row group `number`; nothing else of the file is read."""
         start, length, digest = self.footer.groups[number]
         data = self._range(start, length, digest)
         # The group at its place in a file that is otherwise a hole: pages that are never touched take no memory.
         sparse = np.zeros(self.record.bytes, np.uint8)
         sparse[start : start + length] = np.frombuffer(data, np.uint8)
         # Not from a Python object: a thread of arrow that still holds one when the interpreter ends aborts the process.
-        source = pa.BufferReader(pa.py_buffer(sparse))
+        source = pa.BufferReader(pa.py_buffer(memoryview(sparse)))
         with pq.ParquetFile(source, metadata=self.footer.metadata, page_checksum_verification=True) as file:
-            return file.read_row_group(number, columns=columns, use_threads=False)
+            return file.read_row_group(number, use_threads=False)
 
     def groups(self) -> list[pa.Table]:
         """All row groups, of a file that is read as a whole."""

@@ -14,16 +14,15 @@ from orchestrator.teacher.hand_out import handed_out
 ROWS = 60
 
 
-class Echo:
-    """An actor that says which rows it is given together."""
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"given": [",".join(map(str, batch["shard"]))]}
-
-
 @pytest.mark.slice
 @pytest.mark.parametrize("most", [ROWS, 10], ids=["blocks beforehand", "blocks as they are used"])
 def test_rows_come_alone_and_in_order(one_cpu: None, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    class Echo:
+        """An actor that says which rows it is given together."""
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return {"given": [",".join(map(str, batch["shard"]))]}
+
     monkeypatch.setattr(hand_out, "MOST_BLOCKS", most)
     quiet_ray_data()
     rows = handed_out([{"shard": shard, "position": shard} for shard in range(ROWS)])
