@@ -6,12 +6,17 @@ the driver kilobytes and a millisecond; of many rows only those exist that are a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray.data
 from ray.data import Dataset, Datasource, ReadTask
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+)
 from ray.data.block import Block, BlockMetadata
 
 MOST_BLOCKS = 2_000
@@ -27,9 +32,28 @@ def handed_out(rows: Sequence[Row]) -> Dataset:
     context = ray.data.DataContext.get_current()
     before, context.target_max_block_size = context.target_max_block_size, 1  # so that no two rows share a block
     try:
-        return ray.data.read_datasource(_Rows(rows), override_num_blocks=1, num_cpus=0)
+        data = ray.data.read_datasource(_Rows(rows), override_num_blocks=1, num_cpus=0)
     finally:
         context.target_max_block_size = before
+    add_policy(data, FewAhead)
+    return data
+
+
+def add_policy(data: Dataset, policy: Callable[..., BackpressurePolicy]) -> None:
+    """Have Ray Data heed one more backpressure policy when it runs `data`, or what is made of it from now on."""
+    key = ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
+    data.context.set_config(key, [*data.context.get_config(key, ENABLED_BACKPRESSURE_POLICIES), policy])
+
+
+class FewAhead(BackpressurePolicy):
+    """Takes no more blocks from who makes them while `MOST_BLOCKS` wait for actors.
+
+    Ray Data's own policies count bytes, and rows have next to none.
+    """
+
+    def max_task_output_bytes_to_read(self, op: Any) -> int | None:
+        waiting = sum(self._topology[later].total_enqueued_input_blocks() for later in op.output_dependencies)
+        return 0 if waiting >= MOST_BLOCKS else None
 
 
 class _Rows(Datasource):
