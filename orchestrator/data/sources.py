@@ -64,17 +64,22 @@ def corpus_bytes(source: Source) -> int:
     """About how much text there is, from sizes alone; raises `DataError` if there is nothing to read."""
     if isinstance(source, DatasetSource):
         return int(_dataset(source).data.nbytes)
-    size = sum(Path(path).stat().st_size for path, _ in _files(source))
+    return _text_bytes(source, _files(source))
+
+
+def _text_bytes(source: Source, files: Sequence[tuple[str, str]]) -> int:
+    size = sum(Path(path).stat().st_size for path, _ in files)
     return size * COMPRESSED if isinstance(source, ParquetSource) else size
 
 
 def list_pieces(data: Data) -> list[Piece]:
     """Cut the corpus of `data` into pieces; raises `DataError` if there is nothing to read."""
-    source, most = data.source, piece_size(data, corpus_bytes(data.source))
+    source = data.source
     if isinstance(source, DatasetSource):
-        rows = len(_dataset(source))
+        rows, most = len(_dataset(source)), piece_size(data, corpus_bytes(source))
         return [Piece(i, ((source.name, source.name),), a, b) for i, (a, b) in enumerate(_ranges(rows, most.rows))]
     files = _files(source)
+    most = piece_size(data, _text_bytes(source, files))
     if isinstance(source, StdlibSource | TextSource):
         return _grouped(files, data.seed, most.bytes)
     parts: list[tuple[tuple[str, str], int, int]] = []

@@ -114,10 +114,10 @@ class ShardFile:
         start, length, digest = self.footer.groups[number]
         data = self._range(start, length, digest)
         # The group at its place in a file that is otherwise a hole: pages that are never touched take no memory.
-        sparse = np.zeros(self.record.bytes, np.uint8)
+        sparse: Any = np.zeros(self.record.bytes, np.uint8)
         sparse[start : start + length] = np.frombuffer(data, np.uint8)
         # Not from a Python object: a thread of arrow that still holds one when the interpreter ends aborts the process.
-        source = pa.BufferReader(pa.py_buffer(memoryview(sparse)))
+        source = pa.BufferReader(pa.py_buffer(sparse))
         with pq.ParquetFile(source, metadata=self.footer.metadata, page_checksum_verification=True) as file:
             return file.read_row_group(number, use_threads=False)
 
