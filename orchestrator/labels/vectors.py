@@ -8,21 +8,21 @@ from __future__ import annotations
 import torch
 
 from orchestrator.errors import DataError
-from orchestrator.labels.layout import Arrays, Columns, Frame, pack, unpack
+from orchestrator.labels.layout import Arrays, Frame
+from orchestrator.labels.packing import VectorsPacking
 from orchestrator.spec import labels as spec
 
 INT8_LIMIT = 127
 FP32_LIMIT = torch.finfo(torch.float32).max
-DTYPES = {"fp16": "<f2", "fp32": "<f4", "int8": "i1", "pca": "<f2"}
 LIMITS = {"fp16": 65504.0, "fp32": FP32_LIMIT, "int8": FP32_LIMIT, "pca": 65504.0}
-"""What is kept of a vector's entries by codec, and how large they may be."""
+"""How large the entries of a vector may be, by codec."""
 
 
-class Vectors:
+class Vectors(VectorsPacking):
     """A named array of vectors [rows, seq, width]; int8 adds `name`_scale, pca keeps coordinates instead."""
 
     def __init__(self, name: str, storage: spec.Vectors, frame: Frame) -> None:
-        self._name, self._scale = name, f"{name}_scale"
+        super().__init__(name, storage, frame.shape)
         self._codec = storage.codec
         self._frame = frame
 
@@ -38,15 +38,6 @@ class Vectors:
             return {self._name: vectors.numpy().astype(DTYPES[self._codec])}
         scale = vectors.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / INT8_LIMIT
         return {self._name: (vectors / scale).round().numpy().astype("i1"), self._scale: scale[..., 0].numpy()}
-
-    def pack(self, arrays: Arrays) -> Columns:
-        columns = {self._name: pack(arrays[self._name], DTYPES[self._codec])}
-        return columns | {self._scale: pack(arrays[self._scale], "<f4")} if self._codec == "int8" else columns
-
-    def unpack(self, columns: Columns) -> Arrays:
-        seq = self._frame.seq_len
-        arrays = {self._name: unpack(columns[self._name], DTYPES[self._codec], seq, -1)}
-        return arrays | {self._scale: unpack(columns[self._scale], "<f4", seq)} if self._codec == "int8" else arrays
 
     def tensor(self, arrays: Arrays) -> torch.Tensor:
         """The vectors [rows, seq, width]: fp16 where they are stored so, as several steps of them wait in memory; else fp32."""

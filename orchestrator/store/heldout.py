@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from orchestrator.spec.labels import HiddenLabels, TopkLabels
 from orchestrator.store.files import Store
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import TokenManifest
-from orchestrator.store.shards import TokenShard, read_tokens
+from orchestrator.store.shards import TokenShard, joined, read_rows
 
 
 @dataclass(frozen=True)
@@ -108,15 +106,6 @@ def watched_rows(store: Store, folder: str, manifest: TokenManifest, rows: int) 
 
 
 def _read(store: Store, folder: str, manifest: TokenManifest, choice: Choice) -> TokenShard:
-    parts = [
-        read_tokens(store, f"{folder}/heldout", manifest.heldout[shard]).rows(slice(rows.start, rows.stop))
-        for shard, rows in choice.items()
-    ]
-    masks = [part.loss_mask for part in parts if part.loss_mask is not None]
-    documents = [document for part in parts for document in part.documents or ()]
-    return TokenShard(
-        [row for part in parts for row in part.row_ids],
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate(masks) if masks else None,
-        documents or None,
-    )
+    records = manifest.heldout.records(store, choice)
+    parts = zip(records, choice.values(), strict=True)
+    return joined([read_rows(store, f"{folder}/heldout", record, rows, manifest.group_rows) for record, rows in parts])

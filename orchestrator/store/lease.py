@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 
 from orchestrator.errors import EnvironmentFault, LockedError
 from orchestrator.store.bucket import Bucket, Tagged
-from orchestrator.store.files import Lock
+from orchestrator.store.interface import Lock
 from orchestrator.store.lock import holder_now
 
 RENEW_S, STALE_S, LOOK_S = 5.0, 20.0, 0.5

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from orchestrator.errors import EnvironmentFault
-from orchestrator.store.files import UNFINISHED, Lock, Part, StillOurs, Store, sha256_of, storage_faults, unguarded
+from orchestrator.store.file_record import FileRecord, describe_folder, describe_rest, sha256_of
+from orchestrator.store.interface import UNFINISHED, Lock, Part, StillOurs, Store, storage_faults, unguarded
 from orchestrator.store.lock import check, exclusive, held
-from orchestrator.store.records import FileRecord, describe_folder, describe_rest
 
 
 class LocalStore(Store):
@@ -36,6 +36,10 @@ class LocalStore(Store):
     def read(self, key: str) -> bytes:
         with _faults_of_present(self.path(key)):
             return self.path(key).read_bytes()
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        with _faults_of_present(self.path(key)), self.path(key).open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, start)
 
     def open(self, key: str) -> BinaryIO:
         with _faults_of_present(self.path(key)):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.errors import LockedError
-from orchestrator.store.files import Lock, storage_faults, unguarded
+from orchestrator.store.interface import Lock, storage_faults, unguarded
 
 LOOK_S = 0.02
 """Longest wait between two tries while other processes only look at the lock."""

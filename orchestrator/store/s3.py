@@ -20,20 +20,22 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orchestrator.errors import EnvironmentFault, IntegrityError, SpecError
 from orchestrator.store.bucket import Bucket
-from orchestrator.store.files import UNFINISHED, Lock, Part, StillOurs, Store, sha256_of, storage_faults, unguarded
+from orchestrator.store.file_record import FileRecord, describe_rest, sha256_of
+from orchestrator.store.interface import UNFINISHED, Lock, Part, StillOurs, Store, storage_faults, unguarded
 from orchestrator.store.lease import check, held, lease
 from orchestrator.store.mirror import mirrored
-from orchestrator.store.records import FileRecord, Record, describe_rest
 
 INDEX = ".index.json"
 
 
-class FolderIndex(Record):
+class FolderIndex(BaseModel):
     """The files of a finished folder, by relative name."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     files: dict[str, FileRecord]
     tags: dict[str, str]
@@ -60,6 +62,9 @@ class S3Store(Store):
 
     def read(self, key: str) -> bytes:
         return self._bucket.read(self._name(key))
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        return self._bucket.read_range(self._name(key), start, length)
 
     def open(self, key: str) -> BinaryIO:
         return self._bucket.open(self._name(key))

@@ -140,7 +140,7 @@ def _made(origin: Origin) -> PreTrainedModel:
 def _rows(origin: Origin, count: int) -> torch.Tensor:
     """The first `count` training windows, [count, seq], or all there are."""
     parts: list[torch.Tensor] = []
-    for record in origin.manifest.train:
+    for record in origin.manifest.train.records(origin.store):
         parts.append(torch.from_numpy(read_tokens(origin.store, origin.token_folder, record).ids[:, :-1]).long())
         if sum(map(len, parts)) >= count:
             break

@@ -109,7 +109,8 @@ class TrainingJob:
 
     @property
     def order(self) -> TrainingOrder:
-        return TrainingOrder(self.manifest.shard_rows, self.seed, self.train.global_batch)
+        manifest = self.manifest
+        return TrainingOrder(manifest.train.rows, manifest.group_rows, self.seed, self.train.global_batch, self.steps)
 
     def demanded_shards(self) -> list[int]:
         """Token shards that training will touch, in the order of first use."""

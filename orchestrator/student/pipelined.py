@@ -55,7 +55,7 @@ class Pipelined:
 
     def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> StepResult:
         self._loss.begin(mixture, micro_batches)
-        self.engine.train_batch(iter([(micro.ids[:, :-1], None) for micro in micro_batches]))
+        self.engine.train_batch(iter([(micro.ids[:, :-1].long(), None) for micro in micro_batches]))
         terms = torch.stack(self._loss.terms or [torch.zeros(TERMS, device=self.engine.device)])
         mean = terms.mean(0) / self._data_ranks
         dist.all_reduce(mean)
@@ -97,9 +97,8 @@ class _Loss:
         self._mixture, self._coming, self.terms = mixture, iter(micro_batches), []
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        micro, on = next(self._coming), hidden.device
-        soft = None if micro.soft is None else micro.soft.map(lambda t: t.to(on))
-        means = head_loss(self._model, hidden, micro.ids.to(on), self._mixture, soft, micro.mask)
+        micro = next(self._coming).on(hidden.device)
+        means = head_loss(self._model, hidden, micro.ids, self._mixture, micro.soft, micro.mask)
         self.terms.append(torch.cat([means.detach(), means.new_zeros(TERMS - len(means))]))
         return means[0]
 

@@ -77,10 +77,8 @@ class Replicated:
         return means.detach()
 
     def _forward(self, mixture: Mixture, micro: MicroBatch) -> torch.Tensor:
-        on = self.engine.device
-        soft = None if micro.soft is None else micro.soft.map(lambda t: t.to(on))
-        features = {name: states.to(on) for name, states in micro.features.items()}
-        return self.engine(micro.ids.to(on), mixture, soft, features, micro.mask)
+        micro = micro.on(self.engine.device)
+        return self.engine(micro.ids, mixture, micro.soft, micro.features, micro.mask)
 
     def tensors(self, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed import zero

@@ -12,10 +12,13 @@ from orchestrator.runtime.environment import limit_threads
 from orchestrator.spec.labels import principal_ranks
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import MANIFEST, TokenManifest
-from orchestrator.store.shards import read_tokens
+from orchestrator.store.shards import read_rows
 from orchestrator.teacher.make import make_teacher
 from orchestrator.teacher.placement import Placement
 from orchestrator.teacher.task import LabelTask
+
+FITTED_ROWS = 256
+"""At most: many times as many positions as a teacher is wide."""
 
 
 def calibrate(task: LabelTask, shard: int, placement: Placement) -> None:
@@ -43,7 +46,10 @@ def _fit(task: LabelTask, shard: int) -> None:
     torch.set_num_threads(task.replica.threads)
     manifest = TokenManifest.load(task.store, f"{task.data_folder}/{MANIFEST}")
     assert manifest is not None
-    ids = torch.from_numpy(read_tokens(task.store, f"{task.data_folder}/train", manifest.train[shard]).ids[:, :-1]).long()
+    record = manifest.train.record(task.store, shard)
+    rows = range(min(record.rows, FITTED_ROWS))
+    tokens = read_rows(task.store, manifest.train.folder, record, rows, manifest.group_rows)
+    ids = torch.from_numpy(tokens.ids[:, :-1]).long()
     teacher = make_teacher(task)
     moments: dict[str, Moments] = {}
     ranks = principal_ranks(task.labels)

@@ -13,13 +13,10 @@ from typing import Any
 
 import ray
 from ray.data import Dataset
-from ray.data._internal.execution.backpressure_policy import (
-    ENABLED_BACKPRESSURE_POLICIES,
-    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-    BackpressurePolicy,
-)
+from ray.data._internal.execution.backpressure_policy import BackpressurePolicy
 
 from orchestrator.runtime.board import STUDENT_SHARDS
+from orchestrator.teacher.hand_out import add_policy
 
 ASK_EVERY_S = 0.2
 
@@ -38,8 +35,7 @@ class Pace:
     def govern(self, pool: Dataset) -> None:
         """Have Ray Data keep to this pace when it runs `pool`, whose last operation labels."""
         if self._ahead is not None:
-            policies = [*ENABLED_BACKPRESSURE_POLICIES, lambda *args: _Policy(self, *args)]
-            pool.context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, policies)
+            add_policy(pool, lambda *args: _Policy(self, *args))
 
     def allows(self, handed_out: int) -> bool:
         """Return whether one more shard may follow those that were handed out."""

@@ -12,6 +12,7 @@ import ray.data
 from orchestrator.errors import ResumableError
 from orchestrator.runtime.session import quiet_ray_data
 from orchestrator.spec.model import Replicas
+from orchestrator.teacher.hand_out import handed_out
 from orchestrator.teacher.labeller import Labeller
 from orchestrator.teacher.pace import Pace
 from orchestrator.teacher.placement import Placement
@@ -64,7 +65,7 @@ def _pass(task: LabelTask, items: list[Item], replicas: Replicas, placement: Pla
     )
     with placement:
         placement.reserve(replicas.min)
-        receipts = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches_internal(
+        receipts = handed_out(rows).map_batches_internal(
             Labeller,
             fn_constructor_args=(task,),
             batch_size=1,

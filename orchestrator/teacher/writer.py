@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,7 +38,8 @@ class Asked:
 
     item: Item
     tokens: TokenShard
-    parts: list[Arrays]
+    groups: list[Future[list[Columns]]]
+    """The columns of its row groups, which are packed while the teacher goes on."""
     besides: Columns
     """Columns beside those of the codec."""
 
@@ -51,7 +53,7 @@ class ShardWriter:
         torch.set_num_threads(task.replica.threads)
         manifest = TokenManifest.load(task.store, f"{task.data_folder}/{MANIFEST}")
         assert manifest is not None
-        self._task, self._manifest = task, manifest
+        self._task, self._manifest, self._packer = task, manifest, ThreadPoolExecutor(1, "pack")
         log, shape = LabelLog(task.store, task.log_key), (task.vocab_size, manifest.seq_len)
         self._train = _Book(log, Codec(task.labels, Frame(*shape, bases=bases_of(log))))
         self._watched = task.heldout and _Book(
@@ -83,7 +85,12 @@ class ShardWriter:
     def commit(self, asked: Asked) -> ShardRecord:
         """Pack the labels of a shard, and commit them; another thread may ask the teacher meanwhile."""
         book = self._book(asked.item)
-        return book.log.commit(asked.item.shard, asked.tokens, book.codec.pack(join(asked.parts)) | asked.besides)
+        groups = [columns for packed in asked.groups for columns in packed.result()]
+        size = self._manifest.group_rows
+        for number, columns in enumerate(groups):
+            rows = slice(number * size, (number + 1) * size)
+            columns |= {name: values[rows] for name, values in asked.besides.items()}
+        return book.log.commit(asked.item.shard, asked.tokens, groups)
 
     @cached_property
     def _measured(self) -> AnswerWriter:
@@ -108,11 +115,11 @@ class ShardWriter:
             return watched_rows(store, folder, self._manifest, self._task.heldout.rows)
         if item.kind == "measured":
             return self._measured.tokens(item.shard)
-        return read_tokens(store, f"{folder}/train", self._manifest.train[item.shard])
+        return read_tokens(store, f"{folder}/train", self._manifest.train.record(store, item.shard))
 
-    def _answers(self, book: _Book, shard: int, tokens: TokenShard) -> list[Arrays]:
-        """Return the parts of the teacher's answers that are kept, by micro-batch."""
-        parts: list[Arrays] = []
+    def _answers(self, book: _Book, shard: int, tokens: TokenShard) -> list[Future[list[Columns]]]:
+        """Return the columns of the row groups of the teacher's answers; they are packed in a thread of its own."""
+        parts, groups, group_rows = list[Arrays](), list[Future[list[Columns]]](), self._manifest.group_rows
         ids, size, vocab = torch.from_numpy(tokens.ids[:, :-1]).long(), self._task.micro_batch, self._task.vocab_size
         if int(ids.max()) >= vocab:
             raise DataError(f"token shard {shard} holds id {int(ids.max())}, the teacher's vocabulary {vocab} ids")
@@ -127,4 +134,8 @@ class ShardWriter:
                 parts.append(book.codec.extract(answer, seeds))
             except DataError as error:
                 raise DataError(f"label shard {shard}, rows from {start}: {error}") from error
-        return parts
+            done = start + len(part)
+            if done % group_rows == 0 or done == len(ids):
+                groups.append(self._packer.submit(book.codec.pack_groups, join(parts), group_rows))
+                parts = []
+        return groups

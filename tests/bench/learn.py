@@ -154,7 +154,8 @@ def answered(job: Job, case: Case) -> list[list[Lesson]]:
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
             for s, _ in part:
                 if s not in shards:
-                    shards[s] = read_tokens(case.store, f"{case.data_folder}/train", case.manifest.train[s])
+                    pages = case.manifest.train
+                    shards[s] = read_tokens(case.store, pages.folder, pages.record(case.store, s))
             ids = torch.stack([torch.from_numpy(shards[s].ids[r]).long() for s, r in part])
             parts.append(Lesson(ids, [shards[s].row_ids[r] for s, r in part], teacher.answer(ids[:, :-1])))
         lessons.append(parts)

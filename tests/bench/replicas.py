@@ -38,7 +38,8 @@ from orchestrator.store.claims import Claims
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MANIFEST, TokenManifest
-from orchestrator.store.shards import TokenShard, put_shard
+from orchestrator.store.shard_pages import paged
+from orchestrator.store.shards import TokenShard, put_tokens
 from orchestrator.teacher.backend import Replica
 from orchestrator.teacher.placement import Placement
 from orchestrator.teacher.pool import label_shards
@@ -64,8 +65,8 @@ def prepare(store: LocalStore) -> LabelTask:
     model.save_pretrained(store.path("teacher"))
     ids = np.random.default_rng(0).integers(0, VOCAB, (SHARDS, ROWS, SEQ + 1), dtype=np.int32)
     tokens = [TokenShard([f"{s:08d}{r:08d}".encode() for r in range(ROWS)], ids[s]) for s in range(SHARDS)]
-    records = [put_shard(store, "data/train", index, shard.to_table()) for index, shard in enumerate(tokens)]
-    manifest = TokenManifest.without_corpus(SEQ, VOCAB, records)
+    records = [put_tokens(store, "data/train", index, shard, 16) for index, shard in enumerate(tokens)]
+    manifest = TokenManifest.without_corpus(SEQ, VOCAB, paged(store, "data/train", records))
     manifest.save(store, f"data/{MANIFEST}")
     return LabelTask(
         store=store,

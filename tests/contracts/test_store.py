@@ -351,6 +351,18 @@ def test_of_eight_that_want_a_lock_one_gets_it(store: Store, quick: None) -> Non
     assert (len(entered), len(refused)) == (1, 7)
 
 
+# Parts of files.
+
+
+def test_a_range_is_read_by_itself(store: Store) -> None:
+    store.put_if_absent("file", bytes(range(100)))
+    assert store.read_range("file", 0, 100) == bytes(range(100))
+    assert store.read_range("file", 30, 5) == bytes(range(30, 35))
+    assert store.read_range("file", 95, 50) == bytes(range(95, 100)), "the file ends before"
+    with pytest.raises(FileNotFoundError):
+        store.read_range("other", 0, 1)
+
+
 # The label log, wherever it lies.
 
 
@@ -364,5 +376,5 @@ def test_a_label_log_is_written_followed_and_sealed(store: Store) -> None:
     assert log.missing([2, 0, 1]) == [] and [shard for shard, _ in verified(log)] == [0, 1, 2]
     log.keep("basis", b"kept")
     assert log.kept("basis") == b"kept"
-    seal, ledger = log.seal([0, 1, 2], manifest_of(shards))
+    seal, ledger = log.seal([0, 1, 2], manifest_of(store, shards))
     assert ledger.balanced and seal.rows == 12

@@ -23,7 +23,8 @@ from orchestrator.spec.model import ConfigStudent, Model
 from orchestrator.spec.train import Train
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import ModelFolder, ModelManifest, TokenManifest, Tokens, finished_model
-from orchestrator.store.shards import TokenShard, put_shard
+from orchestrator.store.shard_pages import paged
+from orchestrator.store.shards import TokenShard, put_tokens
 from orchestrator.student.job import Ahead, Initial, TrainingJob
 from tests.field.cases import LLAMA, SHAPE, VOCAB, save_model, save_tokenizer
 from tests.tiny import Json
@@ -129,8 +130,10 @@ def build_workshop(root: Path) -> Workshop:
         stream += [*tokenizer(draw.choice(DOCUMENTS)).input_ids, tokenizer.eos_token_id]
     ids = np.array(stream[: ROWS * (SEQ + 1)], dtype=np.int32).reshape(ROWS, SEQ + 1)
     shard = TokenShard([draw.randbytes(16) for _ in ids], ids)
-    records = [put_shard(store, f"data/{whose}/train", 0, shard.to_table()) for whose in ("own", "teachers")]
-    return Workshop(root, TokenManifest.without_corpus(SEQ, VOCAB, records[:1]))
+    pages = [
+        paged(store, folder, [put_tokens(store, folder, 0, shard, 16)]) for folder in ("data/own/train", "data/teachers/train")
+    ]
+    return Workshop(root, TokenManifest.without_corpus(SEQ, VOCAB, pages[0]))
 
 
 def train_all(workshop: Workshop) -> list[str]:

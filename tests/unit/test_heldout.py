@@ -12,7 +12,7 @@ from tests.conftest import TokenizedCorpus
 @pytest.mark.parametrize("rows", [1, 3, 20, 10_000])
 def test_windows_come_evenly_from_all_shards(tokenized: TokenizedCorpus, rows: int) -> None:
     store, folder, manifest = tokenized.store, tokenized.folder, tokenized.manifest
-    shards = [read_tokens(store, f"{folder}/heldout", record).ids.tolist() for record in manifest.heldout]
+    shards = [read_tokens(store, f"{folder}/heldout", record).ids.tolist() for record in manifest.heldout.records(store)]
     assert len(shards) > 2
     windows = measured_rows(store, folder, manifest, rows, watched=0).ids
     found = [sum(window in shard for window in windows.tolist()) for shard in shards]
