@@ -9,7 +9,7 @@ import torch
 
 from orchestrator.errors import DataError
 from orchestrator.labels.layout import Arrays, Frame
-from orchestrator.labels.packing import VectorsPacking
+from orchestrator.labels.packing import VECTOR_DTYPES, VectorsPacking
 from orchestrator.spec import labels as spec
 
 INT8_LIMIT = 127
@@ -35,7 +35,7 @@ class Vectors(VectorsPacking):
         if not most <= LIMITS[self._codec]:
             raise DataError(f"the teacher's {self._name} reach {most:g}, beyond what {self._codec} holds")
         if self._codec != "int8":
-            return {self._name: vectors.numpy().astype(DTYPES[self._codec])}
+            return {self._name: vectors.numpy().astype(VECTOR_DTYPES[self._codec])}
         scale = vectors.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / INT8_LIMIT
         return {self._name: (vectors / scale).round().numpy().astype("i1"), self._scale: scale[..., 0].numpy()}
 
