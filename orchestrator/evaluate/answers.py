@@ -13,7 +13,7 @@ import torch
 from orchestrator.errors import IntegrityError
 from orchestrator.evaluate.windows import Heldout
 from orchestrator.labels.codec import Codec
-from orchestrator.labels.layout import Frame, unpack
+from orchestrator.labels.layout import Frame, join, unpack
 from orchestrator.labels.targets import TARGET_LOG_PROBS, Hidden, Sparse, Targets
 from orchestrator.models.build import DTYPES
 from orchestrator.models.head import load_head
@@ -140,10 +140,10 @@ class TeacherAnswers:
         record = self._log.committed(shard)
         if record is None:
             raise IntegrityError("the teacher's answers on held-out rows are not in the storage")
-        columns = self._log.read(shard, record, tokens)
+        groups = self._log.read(shard, record, tokens)
         try:
-            targets = self._codec.targets(self._codec.unpack(columns), 1.0)
+            targets = self._codec.targets(join([self._codec.unpack(columns) for columns in groups]), 1.0)
         except ValueError as error:
             raise IntegrityError(f"label log {self._log.key}, of held-out rows: {error}") from error
-        told = columns.get(TARGET_LOG_PROBS)
-        return Answered(targets, None if told is None else torch.from_numpy(unpack(told, "<f4", self._seq_len)))
+        told = [value for columns in groups for value in columns.get(TARGET_LOG_PROBS, [])]
+        return Answered(targets, torch.from_numpy(unpack(told, "<f4", self._seq_len)) if told else None)

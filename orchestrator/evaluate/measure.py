@@ -99,11 +99,13 @@ class _Measurer:
         self._on = device(gpus)
 
     def teacher(self, *args: Any) -> Result:
-        return measure_teacher(*args, self._on)
+        measured: Callable[..., Result] = measure_teacher
+        return measured(*args, self._on)
 
     def model(self, *args: Any) -> Result:
+        measured: Callable[..., Result] = measure_model
         try:
-            return measure_model(*args, self._on)
+            return measured(*args, self._on)
         finally:  # the next one finds its room
             gc.collect()
             if self._on.type == "cuda":

@@ -43,8 +43,12 @@ def describe_known(store: Store, folder: Path, names: Iterable[str]) -> dict[str
     known = _KnownFolder.load(store, key)
     before = known.files if known is not None else {}
     wanted = sorted(names)
+
+    def look(name: str) -> tuple[_Known, bool]:
+        return _known(folder / name, before.get(name))
+
     with ThreadPoolExecutor(READERS) as readers:
-        found = dict(zip(wanted, readers.map(lambda name: _known(folder / name, before.get(name)), wanted), strict=True))
+        found = dict(zip(wanted, readers.map(look, wanted), strict=True))
     settled = {name: file for name, (file, is_settled) in found.items() if is_settled}
     if any(before.get(name) != file for name, file in settled.items()):
         _KnownFolder(folder=str(folder), files=before | settled).save(store, key)
