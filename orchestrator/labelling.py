@@ -108,8 +108,9 @@ def _open_answers(run: Run, tokens: Tokens, identity: dict[str, Any]) -> AnswerL
     follows from them and the teacher's head. Where a server answers, it keeps as many ids as are asked for in training.
     """
     job, spec = run.job, run.job.evaluate
-    top = isinstance(job.labels, TopkLabels) and vllm_of(job.teacher)
-    labels = TopkLabels(kind="topk", k=job.labels.k) if top else HiddenLabels(kind="hidden", codec="fp32")
+    labels: HiddenLabels | TopkLabels = HiddenLabels(kind="hidden", codec="fp32")
+    if isinstance(job.labels, TopkLabels) and vllm_of(job.teacher):
+        labels = TopkLabels(kind="topk", k=job.labels.k)
     chosen = choose_measured(tokens.manifest.heldout_rows, spec.rows, spec.watched)
     own = {"labels": result_fields(labels), "measured_rows": {shard: len(rows) for shard, rows in chosen.items()}}
     return AnswerLog(LabelLog.open(run.store, identity | own, ANSWERS).key, labels, spec.rows, spec.watched)

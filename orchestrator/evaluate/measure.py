@@ -98,12 +98,14 @@ class _Measurer:
         torch.set_num_threads(threads)
         self._on = device(gpus)
 
-    def teacher(self, *args: Any) -> Result:
-        return measure_teacher(*args, self._on)
+    def teacher(self, heldout: Heldout, teacher: AnsweringTeacher, micro_batch: int) -> Result:
+        return measure_teacher(heldout, teacher, micro_batch, self._on)
 
-    def model(self, *args: Any) -> Result:
+    def model(
+        self, name: str, subject: Subject, heldout: Heldout, teacher: AnsweringTeacher | None, micro_batch: int
+    ) -> Result:
         try:
-            return measure_model(*args, self._on)
+            return measure_model(name, subject, heldout, teacher, micro_batch, self._on)
         finally:  # the next one finds its room
             gc.collect()
             if self._on.type == "cuda":
