@@ -98,14 +98,14 @@ class _Measurer:
         torch.set_num_threads(threads)
         self._on = device(gpus)
 
-    def teacher(self, *args: Any) -> Result:
-        measured: Callable[..., Result] = measure_teacher
-        return measured(*args, self._on)
+    def teacher(self, heldout: Heldout, teacher: AnsweringTeacher, micro_batch: int) -> Result:
+        return measure_teacher(heldout, teacher, micro_batch, self._on)
 
-    def model(self, *args: Any) -> Result:
-        measured: Callable[..., Result] = measure_model
+    def model(
+        self, name: str, subject: Subject, heldout: Heldout, teacher: AnsweringTeacher | None, micro_batch: int
+    ) -> Result:
         try:
-            return measured(*args, self._on)
+            return measure_model(name, subject, heldout, teacher, micro_batch, self._on)
         finally:  # the next one finds its room
             gc.collect()
             if self._on.type == "cuda":

@@ -68,7 +68,7 @@ def steady(figures: dict[str, float]) -> dict[str, float]:
 
 def test_it_waits_for_room_and_measures_as_here(cluster: Any, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     heldout, teacher, subject = asked
-    busy = Busy.remote()
+    busy: Any = Busy.remote()
     ray.get(busy.__ray_ready__.remote())
     monkeypatch.setattr(measuring, "SAY_EVERY_S", 1.0)
     said: list[str] = []

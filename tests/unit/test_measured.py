@@ -17,7 +17,7 @@ from orchestrator.evaluate import measure as measuring
 from orchestrator.evaluate.bootstrap import intervals
 from orchestrator.evaluate.figures import ECE_BINS, gap_recovered
 from orchestrator.evaluate.measure import Measured, measure
-from orchestrator.evaluate.model import AnsweringTeacher, Subject
+from orchestrator.evaluate.model import AnsweringTeacher, Result, Subject
 from orchestrator.evaluate.windows import Heldout
 from orchestrator.spec.labels import HiddenLabels, TopkLabels
 from orchestrator.teacher.backend import Replica, TransformersBackend
@@ -232,11 +232,11 @@ class Failing(Here):
         super().__init__(5)
         self.failed, self._model = 0, model
 
-    def model(self, name: str, *args: Any) -> Any:
+    def model(self, name: str, subject: Subject, heldout: Heldout, teacher: AnsweringTeacher | None) -> Result:
         if name == self._model:
             self.failed += 1
             raise RuntimeError("out of memory")
-        return super().model(name, *args)
+        return super().model(name, subject, heldout, teacher)
 
 
 def test_a_baseline_that_cannot_be_measured_costs_its_figures_alone(

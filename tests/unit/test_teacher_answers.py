@@ -20,7 +20,7 @@ from orchestrator.store.heldout import CONTINUATIONS, DRAFTS, SPEED, measured_ro
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from orchestrator.teacher import labeller
-from orchestrator.teacher.backend import Replica
+from orchestrator.teacher.backend import Replica, TransformersBackend
 from orchestrator.teacher.labeller import Labeller
 from orchestrator.teacher.task import Answering, LabelTask
 from tests.answers import answer_log, saved
@@ -128,6 +128,7 @@ def test_prompts_that_cannot_be_continued_cost_no_label(pool: Callable[[], Pool]
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no cache for this one")
 
+    assert isinstance(teacher.actor._shards._teacher, TransformersBackend)
     monkeypatch.setattr(teacher.actor._shards._teacher.model, "generate", fail)
     assert teacher("continuations")["heldout"]
     (warning,) = teacher.warnings
