@@ -81,11 +81,11 @@ class Labeller:
         Returns its receipt, after those of deferred items that were settled on the way. Raises `ResumableError` if the
         student that the labels must not run ahead of will never come.
         """
+        # The student is waited for out of turn: the other call may have the very shard that the student waits for.
+        waited_s, receipts = (0.0, []) if item.heldout else self._wait_for_student(item.position)
+        receipts += self._settle_deferred(0.0)
         with self._turn:
-            receipts = self._settle_deferred()
-            watch = _StopWatch(self._idle_since)
-            if not item.heldout:
-                receipts += self._wait_for_student(item.position, watch)
+            watch = _StopWatch(self._idle_since, waited_s)
             begun = self._begin(item, watch)
         if isinstance(begun, Asked):
             return [*receipts, self._finish(begun, watch)]
@@ -93,20 +93,27 @@ class Labeller:
             self._board.defer.remote(tuple(item))
         return [*receipts, self._receipt(item, "found" if begun else "deferred", begun, watch)]
 
-    def _settle_deferred(self) -> list[Receipt]:
-        """Label what was deferred and may be labelled now; returns receipts of that, and of what others have committed."""
+    def _settle_deferred(self, waited_s: float) -> list[Receipt]:
+        """Label what was deferred and may be labelled now; returns receipts of that, and of what others have committed.
+
+        The student has been waited for since `waited_s` ago.
+        """
         receipts: list[Receipt] = []
-        if time.monotonic() - self._settled < SETTLE_EVERY_S:
-            return receipts
-        for item in itertools.starmap(Item, ray.get(self._board.deferred.remote())):
-            watch = _StopWatch(time.perf_counter())
-            begun = self._begin(item, watch)
-            if begun is None:
-                continue
-            receipt = self._finish(begun, watch) if isinstance(begun, Asked) else self._receipt(item, "found", begun, watch)
-            if ray.get(self._board.settle.remote(tuple(item))):
-                receipts.append(receipt)
-        self._settled = time.monotonic()
+        with self._turn:
+            if time.monotonic() - self._settled < SETTLE_EVERY_S:
+                return receipts
+            for item in itertools.starmap(Item, ray.get(self._board.deferred.remote())):
+                watch = _StopWatch(self._idle_since, waited_s)
+                begun = self._begin(item, watch)
+                if begun is None:
+                    continue
+                if isinstance(begun, Asked):
+                    receipt = self._finish(begun, watch)
+                else:
+                    receipt = self._receipt(item, "found", begun, watch)
+                if ray.get(self._board.settle.remote(tuple(item))):
+                    receipts.append(receipt)
+            self._settled = time.monotonic()
         return receipts
 
     def _begin(self, item: Item, watch: _StopWatch) -> ShardRecord | Asked | None:
@@ -145,22 +152,24 @@ class Labeller:
             "process": os.getpid(),
         }
 
-    def _wait_for_student(self, position: int, watch: _StopWatch) -> list[Receipt]:
-        """Wait until the student is close enough behind, and settle deferred items meanwhile; returns their receipts."""
+    def _wait_for_student(self, position: int) -> tuple[float, list[Receipt]]:
+        """Wait until the student is close enough behind, and settle deferred items meanwhile.
+
+        Returns the seconds of waiting, and the receipts of those items.
+        """
         ahead, receipts = self._task.labels.run_ahead, list[Receipt]()
         if ahead is None:
-            return receipts
+            return 0.0, receipts
         started = time.perf_counter()
         while True:
             progress: dict[str, float] = ray.get(self._board.progress.remote())
             if position < progress.get(f"student.{STUDENT_SHARDS}", 0) + ahead:
-                watch.blocked_s = time.perf_counter() - started - sum(r["seconds"] for r in receipts)
-                return receipts
+                return time.perf_counter() - started, receipts
             reason = ray.get(self._board.aborted.remote())
             if reason:
                 raise ResumableError(f"labelling stopped: {reason}")
             time.sleep(WAIT_S)
-            receipts += self._settle_deferred()
+            receipts += self._settle_deferred(time.perf_counter() - started)
 
     def _end_if_faulty(self, error: Exception) -> None:
         """End this process if `error` is a fault of its accelerator, which no later call would be spared."""
@@ -175,10 +184,14 @@ class Labeller:
 class _StopWatch:
     """The times of one item."""
 
-    def __init__(self, idle_since: float) -> None:
-        """Start; `idle_since` is when, by the performance counter, the teacher was done with its last item."""
-        self._began_s, self._idle_s = time.time(), time.perf_counter() - idle_since
-        self.blocked_s = 0.0
+    def __init__(self, idle_since: float, waited_s: float) -> None:
+        """Start when the teacher is free for the item, for which the student has been waited for `waited_s`.
+
+        `idle_since` is when, by the performance counter, the teacher was done with its last item.
+        """
+        free_s = time.perf_counter() - idle_since
+        self._blocked_s = min(free_s, waited_s)
+        self._idle_s, self._began_s = free_s - self._blocked_s, time.time() - self._blocked_s
         self._begin = self._end = 0.0
 
     def begin(self) -> None:
@@ -194,7 +207,7 @@ class _StopWatch:
         return {
             "began_s": self._began_s,
             "idle_s": self._idle_s,
-            "blocked_s": self.blocked_s,
+            "blocked_s": self._blocked_s,
             "seconds": self._end - self._begin,
             "took_s": time.perf_counter() - self._begin,
         }
