@@ -37,6 +37,9 @@ FAULTY = 18
 
 Receipt = dict[str, Any]
 """The outcome of one item, and the time it took."""
+Begun = ShardRecord | Asked | Literal["continued", "failed"] | None
+"""How far an item is when the teacher is done with it: committed, answered, or claimed elsewhere (None). Items that only the
+report needs are continued or have failed."""
 
 
 class Labeller:
@@ -81,23 +84,31 @@ class Labeller:
         Returns its receipt, after those of deferred items that were settled on the way. Raises `ResumableError` if the
         student that the labels must not run ahead of will never come.
         """
+        # The student is waited for out of turn: the other call may have the very shard that the student waits for.
+        waited_s, receipts = self._wait_for_student(item.position) if item.kind == "shard" else (0.0, [])
+        receipts += self._settle_deferred(0.0)
         with self._turn:
-            receipts = self._settle_deferred()
-            watch = _StopWatch(self._idle_since)
-            if item.kind == "shard":
-                receipts += self._wait_for_student(item.position, watch)
-            if item.kind == "continuations":
-                return [*receipts, self._continue_prompts(item, watch)]
-            begun = self._begin(item, watch)
-        if isinstance(begun, Asked):
-            return [*receipts, self._finish(begun, watch)]
+            watch = _StopWatch(self._idle_since, waited_s)
+            begun = self._continued(watch) if item.kind == "continuations" else self._begin(item, watch)
         if begun is None:
             self._board.defer.remote(tuple(item))
-        if begun == "failed":
-            return [*receipts, self._receipt(item, "failed", None, watch)]
-        return [*receipts, self._receipt(item, "found" if begun else "deferred", begun, watch)]
+        return [*receipts, self._settled_receipt(item, begun, watch)]
 
-    def _continue_prompts(self, item: Item, watch: _StopWatch) -> Receipt:
+    def _settled_receipt(self, item: Item, begun: Begun, watch: _StopWatch) -> Receipt:
+        """Commit `item` if the teacher has answered it; returns its receipt."""
+        match begun:
+            case Asked():
+                return self._finish(begun, watch)
+            case "continued":
+                return self._receipt(item, "labelled", None, watch)
+            case "failed":
+                return self._receipt(item, "failed", None, watch)
+            case None:
+                return self._receipt(item, "deferred", None, watch)
+            case record:
+                return self._receipt(item, "found", record, watch)
+
+    def _continued(self, watch: _StopWatch) -> Literal["continued"]:
         """Have the teacher continue the prompts of the report; training needs none of it, so a failure is only said."""
         watch.begin()
         try:
@@ -106,33 +117,32 @@ class Labeller:
             self._warn(f"labels: the teacher could not continue the report's prompts: {type(error).__name__}: {error}")
         watch.end()
         self._idle_since = time.perf_counter()
-        return self._receipt(item, "labelled", None, watch)
+        return "continued"
 
     def _warn(self, text: str) -> None:
         ray.get(self._board.warn.remote(text))
 
-    def _settle_deferred(self) -> list[Receipt]:
-        """Label what was deferred and may be labelled now; returns receipts of that, and of what others have committed."""
+    def _settle_deferred(self, waited_s: float) -> list[Receipt]:
+        """Label what was deferred and may be labelled now; returns receipts of that, and of what others have committed.
+
+        The student has been waited for since `waited_s` ago.
+        """
         receipts: list[Receipt] = []
-        if time.monotonic() - self._settled < SETTLE_EVERY_S:
-            return receipts
-        for item in itertools.starmap(Item, ray.get(self._board.deferred.remote())):
-            watch = _StopWatch(time.perf_counter())
-            begun = self._begin(item, watch)
-            if begun is None:
-                continue
-            if isinstance(begun, Asked):
-                receipt = self._finish(begun, watch)
-            elif begun == "failed":
-                receipt = self._receipt(item, "failed", None, watch)
-            else:
-                receipt = self._receipt(item, "found", begun, watch)
-            if ray.get(self._board.settle.remote(tuple(item))):
-                receipts.append(receipt)
-        self._settled = time.monotonic()
+        with self._turn:
+            if time.monotonic() - self._settled < SETTLE_EVERY_S:
+                return receipts
+            for item in itertools.starmap(Item, ray.get(self._board.deferred.remote())):
+                watch = _StopWatch(self._idle_since, waited_s)
+                begun = self._begin(item, watch)
+                if begun is None:
+                    continue
+                receipt = self._settled_receipt(item, begun, watch)
+                if ray.get(self._board.settle.remote(tuple(item))):
+                    receipts.append(receipt)
+            self._settled = time.monotonic()
         return receipts
 
-    def _begin(self, item: Item, watch: _StopWatch) -> ShardRecord | Asked | Literal["failed"] | None:
+    def _begin(self, item: Item, watch: _StopWatch) -> Begun:
         """Claim `item` and ask the teacher about it.
 
         Returns its commit record instead if it has one, and None if it is claimed elsewhere. Answers that only the report needs
@@ -175,22 +185,24 @@ class Labeller:
             "process": os.getpid(),
         }
 
-    def _wait_for_student(self, position: int, watch: _StopWatch) -> list[Receipt]:
-        """Wait until the student is close enough behind, and settle deferred items meanwhile; returns their receipts."""
+    def _wait_for_student(self, position: int) -> tuple[float, list[Receipt]]:
+        """Wait until the student is close enough behind, and settle deferred items meanwhile.
+
+        Returns the seconds of waiting, and the receipts of those items.
+        """
         ahead, receipts = self._task.labels.run_ahead, list[Receipt]()
         if ahead is None:
-            return receipts
+            return 0.0, receipts
         started = time.perf_counter()
         while True:
             progress: dict[str, float] = ray.get(self._board.progress.remote())
             if position < progress.get(f"student.{STUDENT_SHARDS}", 0) + ahead:
-                watch.blocked_s = time.perf_counter() - started - sum(r["seconds"] for r in receipts)
-                return receipts
+                return time.perf_counter() - started, receipts
             reason = ray.get(self._board.aborted.remote())
             if reason:
                 raise ResumableError(f"labelling stopped: {reason}")
             time.sleep(WAIT_S)
-            receipts += self._settle_deferred()
+            receipts += self._settle_deferred(time.perf_counter() - started)
 
     def _end_if_faulty(self, error: Exception) -> None:
         """End this process if `error` is a fault of its accelerator, which no later call would be spared."""
@@ -205,10 +217,14 @@ class Labeller:
 class _StopWatch:
     """The times of one item."""
 
-    def __init__(self, idle_since: float) -> None:
-        """Start; `idle_since` is when, by the performance counter, the teacher was done with its last item."""
-        self._began_s, self._idle_s = time.time(), time.perf_counter() - idle_since
-        self.blocked_s = 0.0
+    def __init__(self, idle_since: float, waited_s: float) -> None:
+        """Start when the teacher is free for the item, for which the student has been waited for `waited_s`.
+
+        `idle_since` is when, by the performance counter, the teacher was done with its last item.
+        """
+        free_s = time.perf_counter() - idle_since
+        self._blocked_s = min(free_s, waited_s)
+        self._idle_s, self._began_s = free_s - self._blocked_s, time.time() - self._blocked_s
         self._begin = self._end = 0.0
 
     def begin(self) -> None:
@@ -224,7 +240,7 @@ class _StopWatch:
         return {
             "began_s": self._began_s,
             "idle_s": self._idle_s,
-            "blocked_s": self.blocked_s,
+            "blocked_s": self._blocked_s,
             "seconds": self._end - self._begin,
             "took_s": time.perf_counter() - self._begin,
         }

@@ -134,7 +134,19 @@ def test_deferred_shards_are_settled_while_the_student_is_waited_for(store: Loca
     receipts = one({"kind": ["shard"], "shard": [1], "position": [1]})
     thread.join()
     assert receipts["outcome"] == ["labelled", "labelled"] and writer.asked == [0, 1]
-    assert 0.25 < receipts["blocked_s"][1] < 2 and receipts["blocked_s"][0] == 0
+    assert 0.25 < sum(receipts["blocked_s"]) < 2 and sum(receipts["idle_s"]) < 0.2
+
+
+def test_a_shard_that_came_too_early_does_not_keep_an_earlier_one_back(store: LocalStore, writer: Writer) -> None:
+    """Of two calls at once, the one that must wait for the student may be the first to run."""
+    one = actor(store, ahead=1)
+    writer.during_commit = lambda shard: board(one).set_progress(f"student.{STUDENT_SHARDS}", shard + 1)
+    with ThreadPoolExecutor(2) as calls:
+        late = calls.submit(call, one, 1)
+        time.sleep(0.3)
+        assert not late.done(), "the control: it waits"
+        assert calls.submit(call, one, 0).result(20) == [(16, "labelled")] == late.result(20)
+    assert writer.asked == [0, 1]
 
 
 def test_a_student_that_will_not_come_ends_the_labelling(store: LocalStore, writer: Writer) -> None:
