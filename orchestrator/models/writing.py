@@ -38,7 +38,7 @@ class ModelWriter:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take in the parameter or buffer `name` of the model, whole and on the CPU."""
-        if name in (self._model._keys_to_ignore_on_save or ()):
+        if name in (getattr(self._model, "_keys_to_ignore_on_save", None) or ()):
             return
         if self._block and not (self._by_block and _block(name) == _block(next(iter(self._block)))):
             self._take_block()

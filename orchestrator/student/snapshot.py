@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -47,8 +47,8 @@ class HostMemory:
         if isinstance(value, torch.Tensor):
             return self._room_of(value.detach())
         if isinstance(value, dict):
-            planned: Any = copy.copy(value)  # keeps the attributes that torch puts on the dictionaries of modules
-            for key, inner in value.items():
+            planned = copy.copy(cast(dict[Any, Any], value))  # keeps what torch puts on the dictionaries of modules beside
+            for key, inner in planned.items():
                 planned[key] = self.plan(inner)
             return planned
         if type(value) in (list, tuple):

@@ -137,8 +137,7 @@ class Team:
     @classmethod
     def of(cls, folder: Path | None) -> Team:
         """The team that works in the `folder` of rank 0; called on every rank, on the others with None."""
-        shared = from_first_rank(lambda: folder)
-        assert shared is not None
+        shared: Any = from_first_rank(lambda: folder)
         members = [rank for rank, sees in enumerate(gathered(shared.is_dir())) if sees]
         group = dist.new_group(members, backend="gloo")
         place = members.index(dist.get_rank()) if dist.get_rank() in members else -1
