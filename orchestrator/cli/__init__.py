@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -58,12 +59,23 @@ def main() -> None:
     except (KeyboardInterrupt, Interrupted, typer.Abort) as stop:
         terminated = isinstance(stop.__cause__ if isinstance(stop, Interrupted) else stop, Terminated)
         _say_stopped("terminated" if terminated else "interrupted", args)
-        sys.exit(143 if terminated else 130)
+        _end_at_once(143 if terminated else 130)
     except typer.TyperException as error:
         _say(explain(error, app, args))
         sys.exit(2)
     except Exception as error:
         sys.exit(_explain(error))
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End the process with `code`, without taking the interpreter down.
+
+    Everything has been closed by now. Libraries whose threads were stopped halfway can crash an interpreter that is taken down
+    (a segmentation fault was seen), and a process that dies by a signal does not tell its exit code.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _explain(error: Exception) -> int:

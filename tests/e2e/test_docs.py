@@ -94,9 +94,12 @@ def test_commands_and_programs_of_a_page(name: str, desk: Path) -> None:
     programs = [text for _, text in blocks(page, "python")]
     assert lines or programs, "a page of the story has something to run"
     for line in lines:
+        file = desk / shlex.split(line)[2] if line.startswith("distill init ") else None
+        if file:
+            file.unlink(missing_ok=True)  # another page may write a job of the same name
         run(desk, "bash", "-c", line)
-        if line.startswith("distill init "):
-            make_quick(desk / shlex.split(line)[2])
+        if file:
+            make_quick(file)
     for program in programs:
         run(desk, sys.executable, "-c", program)
 

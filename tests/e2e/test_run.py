@@ -74,8 +74,9 @@ class Finished:
         return self.storage / "runs" / self.job["name"]
 
 
-def run(job: Json, *args: str) -> Finished:
-    storage, name = Path(job["storage"]), job["name"]
+def run(job: Json, *args: str, number: int = 1) -> Finished:
+    """Run `job`; a changed job, or one on changed files, has another `number` under the same name."""
+    storage, name = Path(job["storage"]), job["name"] if number == 1 else f"{job['name']}-{number}"
     ended = distill(storage.parent / "log", "run", write_job(job), *args).assert_ok()
     return Finished(job, ended, report(storage, name), stages(storage, name))
 
@@ -248,7 +249,7 @@ def test_one_bit_of_the_teacher_makes_other_labels(first: Finished, tmp_path: Pa
     log = only(true.storage / "labels")
     kept = {file: file.read_bytes() for file in log.rglob("*") if file.is_file()}
     flip_mantissa_bit(teacher / "model.safetensors")
-    changed = run(job)
+    changed = run(job, number=2)
     assert changed.stages["labels"]["key"] != true.stages["labels"]["key"] == log.name
     assert changed.report["labels"]["reused_shards"] == 0 and changed.ended.started(LABELLER)
     assert changed.stages["student"]["key"] != true.stages["student"]["key"]

@@ -79,6 +79,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     root = Path(__file__).parents[2]
     job = os.path.relpath(root / "jobs" / "quickstart.yaml")
+    monkeypatch.setattr(os, "_exit", sys.exit)
     for stopped, code in ((KeyboardInterrupt, 130), (Terminated, 143)):
 
         def run(_plan: object, stopped: type[BaseException] = stopped) -> None:
