@@ -4,8 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .PHONY: quickstart gemma test check lint faults e2e docs wheel-check dashboards dashboards-check seeds students bench \
-	bench-head bench-trl bench-pipelines bench-planner bench-prune bench-log bench-replicas bench-loading bench-gemma-pipeline \
-	bench-shards bench-precision draws learn choose clean
+	bench-head bench-trl bench-pipelines bench-planner bench-prune bench-log bench-replicas bench-loading bench-checkpoint \
+	bench-gemma-pipeline bench-shards bench-precision draws learn choose clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -89,6 +89,9 @@ bench-replicas: $(READY)
 
 bench-loading: $(READY)
 	$(BIN)/python tests/bench/loading.py
+
+bench-checkpoint: $(READY)
+	$(BIN)/python tests/bench/checkpoint.py
 
 bench-gemma-pipeline: $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gemma]"

@@ -1,21 +1,25 @@
-"""The labelling of a run: which labels the student demands, which are there, and the teacher pool that makes the others."""
+"""The labelling of a run: find the labels that the student demands, and have the teacher pool make those that are missing."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from orchestrator.errors import EnvironmentFault
+from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.length import with_steps
 from orchestrator.plan.resources import replica_takes, training_takes
 from orchestrator.run import Run
 from orchestrator.runtime.session import replicas_that_fit
 from orchestrator.spec.base import result_fields
 from orchestrator.spec.job import Job
-from orchestrator.spec.labels import TopkLabels, kept_features
-from orchestrator.spec.model import Model, Replicas, TeacherBase, labelled_by, vllm_of
-from orchestrator.store.heldout import HeldoutLog
+from orchestrator.spec.labels import HiddenLabels, TopkLabels, kept_features
+from orchestrator.spec.model import Model, Replicas, TeacherBase, TransformersTeacher, VllmServer, labelled_by, vllm_of
+from orchestrator.store.claims import Claims
+from orchestrator.store.heldout import ANSWERS, CONTINUATIONS, AnswerLog, HeldoutLog, choose_measured
 from orchestrator.store.label_log import LabelLog, Ledger, Seal
 from orchestrator.store.records import ModelFolder, Tokens, finished_model
 from orchestrator.student.job import Ahead, Evaluation, Initial, Soft, TrainingJob
@@ -23,23 +27,27 @@ from orchestrator.tracking import names
 
 if TYPE_CHECKING:
     from orchestrator.teacher.backend import Replica
-    from orchestrator.teacher.labeller import Labelling
+    from orchestrator.teacher.task import Answering, LabelTask
     from orchestrator.teacher.usage import Usage
 
 HELDOUT_IDS = 128
-"""Of a teacher's distribution on a held-out row, so many ids are told apart."""
+"""The k of the top-k labels of held-out rows."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What the student's training asks of a label log."""
+    """The labels that the student's training needs."""
 
     log: LabelLog
     student: TrainingJob
     shards: list[int]
-    """In the order in which training wants them."""
+    """The numbers of the shards, in the order in which training wants them."""
     heldout: HeldoutLog | None
     """The label log of the held-out rows that training is evaluated on."""
+    answers: AnswerLog
+    """The log of the teacher's answers on the held-out rows that models are measured on."""
+    server: VllmServer | None
+    """The server that labels in place of the teacher, with the name of its model."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +58,15 @@ class Labelled:
     ledger: Ledger
     reused_shards: int
     tokens_per_s: float | None
-    """Of all teacher actors together; None if nothing was left to label."""
+    """The speed of all teacher actors together; None if nothing was left to label."""
     blocked_fraction: float | None
-    """Share of the teacher's time spent waiting for the student."""
+    """The share of the teacher's time that was spent waiting for the student."""
 
 
 def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | Initial) -> Demand:
-    """The log that holds exactly this teacher's labels of these tokens, and the demand of this student on it."""
-    job, vocab = run.job, teacher.manifest.vocab_size
-    server = vllm_of(job.teacher)
-    arithmetic = f"vllm {server.model or ''}" if server else job.teacher.dtype
+    """Open the log of this teacher's labels of these tokens, and work out which of them the student needs."""
+    job, vocab, server = run.job, teacher.manifest.vocab_size, _named_server(run)
+    arithmetic = f"vllm {server.model}" if server else job.teacher.dtype
     teacher_identity = {"content": teacher.manifest.content, "dtype": arithmetic}
     shape = {"seq_len": tokens.manifest.seq_len, "vocab_size": vocab}
     identity = {
@@ -81,11 +88,36 @@ def open_labels(run: Run, tokens: Tokens, teacher: ModelFolder, start: Model | I
         Ahead(job.student.mtp_depth, job.student.mtp_weight) if job.student.mtp_depth else Ahead(),
         Evaluation(job.evaluate.every, job.evaluate.every_rows, heldout) if job.evaluate.every else None,
     )
-    return Demand(log, student, student.demanded_shards(), heldout)
+    return Demand(log, student, student.demanded_shards(), heldout, _open_answers(run, tokens, identity), server)
+
+
+def _named_server(run: Run) -> VllmServer | None:
+    """Return the server that labels in place of the teacher, with the name of its model; None if there is no such server.
+
+    A server that does not answer stands for the model that it served when it last did: the labels made then can be used.
+    """
+    spec, server = run.job.teacher, vllm_of(run.job.teacher)
+    if server is None or server.model is not None:
+        return server
+    from orchestrator.teacher.vllm import find_served
+
+    assert isinstance(spec, TransformersTeacher)
+    key = f"names/{fingerprint('vllm', server.url)}.json"
+    try:
+        served = find_served(server)
+    except EnvironmentFault:
+        remembered = run.store.read_json(key)
+        if remembered is None:
+            raise
+        return server.model_copy(update={"model": remembered["name"]})
+    if not served.is_called(spec.path):
+        run.warn(f"teacher.vllm: {server.url} serves {served.name}, which is called otherwise than teacher.path {spec.path}")
+    run.store.replace(key, json.dumps({"name": served.name}).encode())
+    return server.model_copy(update={"model": served.name})
 
 
 def _open_heldout(run: Run, identity: dict[str, Any], vocab: int) -> HeldoutLog | None:
-    """The log of what the same teacher says on the held-out rows that training is evaluated on.
+    """Open the log of the same teacher's labels of the held-out rows that training is evaluated on.
 
     As exact as top-k labels are worth; where a server answers, as exact as it was asked to be for training.
     """
@@ -98,8 +130,23 @@ def _open_heldout(run: Run, identity: dict[str, Any], vocab: int) -> HeldoutLog 
     return HeldoutLog(LabelLog.open(run.store, identity | own).key, labels, rows)
 
 
+def _open_answers(run: Run, tokens: Tokens, identity: dict[str, Any]) -> AnswerLog:
+    """The log of what the same teacher says on the held-out rows that models are measured on.
+
+    It keeps the last hidden states in fp32, the smallest labels that are exact for any student: its divergence from the teacher
+    follows from them and the teacher's head. Where a server answers, it keeps as many ids as are asked for in training.
+    """
+    job, spec = run.job, run.job.evaluate
+    labels: HiddenLabels | TopkLabels = HiddenLabels(kind="hidden", codec="fp32")
+    if isinstance(job.labels, TopkLabels) and vllm_of(job.teacher):
+        labels = TopkLabels(kind="topk", k=job.labels.k)
+    chosen = choose_measured(tokens.manifest.heldout_rows, spec.rows, spec.watched)
+    own = {"labels": result_fields(labels), "measured_rows": {shard: len(rows) for shard, rows in chosen.items()}}
+    return AnswerLog(LabelLog.open(run.store, identity | own, ANSWERS).key, labels, spec.rows, spec.watched)
+
+
 def label(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Labelled:
-    """Have the teacher pool label what is demanded and not yet in the log; seal the demand.
+    """Have the teacher pool label the shards that are demanded and missing in the log, and seal the demand.
 
     The demand is that of all steps, also where the student's training may stop before them.
     """
@@ -108,20 +155,29 @@ def label(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
     with run.stage("labels", log.key, lineage) as stage:
         missing = log.missing(shards)
         run.display.expect("labels", len(shards))
-        speed = blocked = None
-        if missing or _unlabelled(run, demand):
-            speed, blocked = _label_missing(run, tokens, teacher, demand, missing, stage.figures)
+        made = _Made(0, None, None)
+        if missing or _unlabelled(run, demand) or _unanswered(run, tokens, demand):
+            made = _label_missing(run, tokens, teacher, demand, missing, stage.figures)
         else:
             stage.reuse()
         seal, ledger = log.seal(shards, tokens.manifest)
-        stage.figures |= {"rows": seal.rows, "bytes": seal.bytes, "reused_shards": len(shards) - len(missing)}
-    return Labelled(seal, ledger, len(shards) - len(missing), speed, blocked)
+        reused = len(shards) - made.shards
+        stage.figures |= {"rows": seal.rows, "bytes": seal.bytes, "reused_shards": reused}
+    return Labelled(seal, ledger, reused, made.tokens_per_s, made.blocked_fraction)
+
+
+class _Made(NamedTuple):
+    """The work of this run's own teacher pool."""
+
+    shards: int
+    tokens_per_s: float | None
+    blocked_fraction: float | None
 
 
 def _label_missing(
     run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand, missing: list[int], figures: dict[str, float]
-) -> tuple[float | None, float | None]:
-    """Tokens per second of the pool, and the share of its time in which it waited for the student.
+) -> _Made:
+    """Have the `missing` shards labelled, here or by another run that shares the log.
 
     `figures` get the seconds of each replica.
     """
@@ -130,44 +186,65 @@ def _label_missing(
     from orchestrator.teacher.pool import label_shards
     from orchestrator.teacher.usage import Usage
 
-    work = _work(run, tokens, teacher, demand)
+    task = _task(run, tokens, teacher, demand)
     placement = Placement(demand.log.key, labelled_by(run.job.teacher), run.display.say)
     done = len(demand.shards) - len(missing)
     if done:
         run.display.say(f"labels: resuming, {done}/{len(demand.shards)} shards done")
-    calibrate(work, demand.shards[0], placement)
-    rows = size = 0
+    calibrate(task, demand.shards[0], placement)
+    made = rows = size = 0
     usage, began = Usage(), None
     seq_len = tokens.manifest.seq_len
     position = {shard: i for i, shard in enumerate(demand.shards)}
-    for receipt in label_shards(work, [(shard, position[shard]) for shard in missing], _pool_size(run.job), placement):
-        lost = usage.add(receipt)
+    for receipt in label_shards(task, [(shard, position[shard]) for shard in missing], _pool_size(run.job), placement):
+        lost = "replica" in receipt and usage.add(receipt)
         if lost:
             run.warn("labels: a teacher replica was lost and replaced; its shard was labelled again")
-        if receipt["heldout"]:
+        if receipt["heldout"] or receipt["outcome"] == "deferred":
             continue
-        began = began or time.time() - receipt["seconds"]
-        done, rows, size = done + 1, rows + receipt["rows"], size + receipt["bytes"]
-        metrics = {
-            names.SHARDS_COMMITTED: done,
-            names.LABEL_TOKENS: receipt["rows"] * seq_len,
-            names.LABEL_TOKENS_PER_S: rows * seq_len / (time.time() - began),
-            names.BYTES_PER_TOKEN: size / (rows * seq_len),
-            names.RESTARTS: float(lost),
-        }
+        done += 1
+        metrics = {names.SHARDS_COMMITTED: done, names.RESTARTS: float(lost)}
+        if receipt["outcome"] == "labelled":
+            began = began or time.time() - receipt["took_s"]
+            made, rows, size = made + 1, rows + receipt["rows"], size + receipt["bytes"]
+            metrics |= {
+                names.LABEL_TOKENS: receipt["rows"] * seq_len,
+                names.LABEL_TOKENS_PER_S: rows * seq_len / (time.time() - began),
+                names.BYTES_PER_TOKEN: size / (rows * seq_len),
+            }
         run.record("labels", demand.log.key, done, metrics | _of_pool(receipt, usage))
     for number, seconds in enumerate(usage.replicas.values()):
         figures |= {f"replica_{number}/{kind}_s": value for kind, value in asdict(seconds).items()}
-    return (rows * seq_len / (time.time() - began), usage.blocked_fraction) if began else (None, None)
+    speed = rows * seq_len / (time.time() - began) if began else None
+    return _Made(made, speed, usage.blocked_fraction if began else None)
 
 
 def _unlabelled(run: Run, demand: Demand) -> HeldoutLog | None:
-    """The held-out log, if there is nothing in it yet."""
+    """Return the held-out log if there is nothing in it yet, else None."""
     return demand.heldout if demand.heldout and LabelLog(run.store, demand.heldout.key).missing([0]) else None
 
 
+def _unanswered(run: Run, tokens: Tokens, demand: Demand) -> tuple[int, ...]:
+    """Shards that the log of answers lacks."""
+    wanted = range(len(demand.answers.shards(tokens.manifest)))
+    return tuple(demand.answers.open(run.store).missing(wanted))
+
+
+def _answering(run: Run, tokens: Tokens, demand: Demand) -> Answering:
+    """What the pool is to answer of the held-out rows that models are measured on."""
+    from orchestrator.teacher.task import Answering
+
+    job, log = run.job, demand.answers
+    whole = job.teacher.shards == 1 and vllm_of(job.teacher) is None
+    continues = whole and CONTINUATIONS not in log.open(run.store).kept_names()
+    speed_rows = min(job.evaluate.micro_batch, job.teacher.micro_batch)
+    return Answering(log, _unanswered(run, tokens, demand), speed_rows, continues)
+
+
 def _of_pool(receipt: Mapping[str, Any], usage: Usage) -> dict[str, float]:
-    """Metrics of the pool after `receipt`, and of the replica that it came from."""
+    """Return metrics of the pool after `receipt`, and of the replica that it came from, if it names one."""
+    if "replica" not in receipt:
+        return {}
     number = list(usage.replicas).index(receipt["replica"])
     return {
         names.TEACHER_REPLICAS: receipt["replicas"],
@@ -182,19 +259,19 @@ def _of_pool(receipt: Mapping[str, Any], usage: Usage) -> dict[str, float]:
 
 
 def _pool_size(job: Job) -> Replicas:
-    """As many replicas as were asked for, but no more than the cluster has room for beside the student."""
+    """Return as many replicas as were asked for, but no more than the cluster has room for beside the student."""
     least, most = job.teacher.replicas.min, job.teacher.replicas.max
     room = replicas_that_fit(replica_takes(job.teacher), beside=training_takes(job.train))
     return Replicas(min=least, max=max(least, min(most, room)))
 
 
-def _work(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Labelling:
-    """What the teacher's actors are told."""
-    from orchestrator.teacher.labeller import Labelling
+def _task(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> LabelTask:
+    """Return the task of the teacher's actors."""
+    from orchestrator.teacher.task import LabelTask
 
     spec = run.job.teacher
     behind = finished_model(run.store, demand.student.folder) is None  # a finished student does not hold its teacher back
-    return Labelling(
+    return LabelTask(
         store=run.store,
         data_folder=tokens.folder,
         replica=replica_of(labelled_by(spec), teacher, kept_features(run.job.labels)),
@@ -203,13 +280,15 @@ def _work(run: Run, tokens: Tokens, teacher: ModelFolder, demand: Demand) -> Lab
         log_key=demand.log.key,
         micro_batch=spec.micro_batch,
         board=run.board,
-        vllm=vllm_of(spec),
+        claims=Claims(run.store, demand.log.folder, fingerprint("writer", run.directory.key)),
+        vllm=demand.server,
         heldout=_unlabelled(run, demand),
+        answering=_answering(run, tokens, demand),
     )
 
 
 def replica_of(spec: TeacherBase, teacher: ModelFolder, features: tuple[str, ...] = ()) -> Replica:
-    """What every replica of `teacher` consists of, with the inner `features` that it is to tell."""
+    """Return the make-up of every replica of `teacher`, with the inner `features` that it is to tell."""
     from orchestrator.teacher.backend import Replica
 
     return Replica(teacher.address, spec.dtype, features, spec.shards, spec.cpus_per_shard, spec.gpus_per_shard)

@@ -5,49 +5,51 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.labelling import Labelled, replica_of
+from orchestrator.errors import one_line
+from orchestrator.labelling import Labelled
 from orchestrator.plan.fingerprint import fingerprint
-from orchestrator.plan.resources import room_beside
+from orchestrator.plan.resources import evaluation_takes, room_beside
 from orchestrator.report.timeline import TRAININGS, bottleneck, lanes
 from orchestrator.run import Run
 from orchestrator.runtime.versions import git_commit, versions
-from orchestrator.store.heldout import disjoint
+from orchestrator.store.heldout import AnswerLog, disjoint
 from orchestrator.store.records import ModelFolder, Tokens
 
 if TYPE_CHECKING:
-    from orchestrator.evaluate.measure import Measured, Spread
+    from orchestrator.evaluate.measure import Measured
 
 
-def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolder, baseline: ModelFolder | None) -> Measured:
-    """Teacher, student and baseline on the same held-out windows."""
-    from orchestrator.evaluate.measure import Heldout, Subject, measure
+def evaluate(
+    run: Run, tokens: Tokens, teacher: ModelFolder, answers: AnswerLog, student: ModelFolder, baseline: ModelFolder | None
+) -> Measured:
+    """Student and baseline on held-out windows, and the teacher by what it has answered on them."""
+    from orchestrator.evaluate.measure import Bench, measure
+    from orchestrator.evaluate.model import AnsweringTeacher, Subject
+    from orchestrator.evaluate.windows import Heldout
 
-    job = run.job
-    precision = job.train.precision
-    subjects = {"teacher": Subject(teacher.address, job.teacher.dtype), "student": Subject(student.address, precision)}
+    job, spec = run.job, run.job.evaluate
+    subjects = {"student": Subject(student.address, job.train.precision)}
     if baseline is not None:
-        subjects["baseline"] = Subject(baseline.address, precision)
+        subjects["baseline"] = Subject(baseline.address, job.train.precision)
+    answering = AnsweringTeacher(teacher.address, job.teacher.dtype, teacher.manifest.vocab_size)
     key = fingerprint("evaluate", job.evaluate, tokens.manifest.content, student.manifest.content)
     with run.stage("evaluate", key) as stage:
-        cpus = max(1, min(run.plan.cpu_slots, os.cpu_count() or 1)) if job.cluster.address == "local" else 1
-        spec = job.evaluate
-        heldout = Heldout(run.store, tokens.folder, tokens.manifest, spec.rows, spec.watched)
-        with _led(run, teacher) as spread:
-            measured = measure(heldout, subjects, spec.micro_batch, cpus, spread)
-        for name in subjects:
-            figures = measured.figures[name]
+        takes = evaluation_takes(job)
+        if job.cluster.address == "local":  # nothing else runs there now
+            takes["CPU"] = max(1, min(run.plan.cpu_slots, os.cpu_count() or 1))
+        heldout = Heldout(run.store, tokens.folder, tokens.manifest, answers)
+        bench = Bench(takes, spec.micro_batch, run.display.say)
+        measured = measure(heldout, answering, subjects, bench, run.warn)
+        for name, figures in measured.figures.items():
             stage.figures |= {f"{name}/{figure}": value for figure, value in figures.items() if math.isfinite(value)}
             if math.isinf(figures["heldout_ppl"]):
                 ce = figures["heldout_ce_nats"]
                 run.warn(f"evaluate: the perplexity of the {name} is infinite: its cross entropy is {ce:.3g} nats a token")
-        for name, why in measured.generated.failures.items():
-            run.warn(f"evaluate: the {name} was measured, but could not continue the report's prompts: {why}")
         if not disjoint(tokens.manifest.heldout_rows, spec.rows, spec.watched):
             there = sum(tokens.manifest.heldout_rows)
             run.warn(
@@ -57,25 +59,9 @@ def evaluate(run: Run, tokens: Tokens, teacher: ModelFolder, student: ModelFolde
     return measured
 
 
-@contextmanager
-def _led(run: Run, teacher: ModelFolder) -> Iterator[Spread | None]:
-    """Room and the way to load a teacher of several shards; None for one that a process holds."""
-    from orchestrator.evaluate.measure import Spread
-    from orchestrator.teacher.make import load_answers
-    from orchestrator.teacher.placement import Placement
-
-    spec = run.job.teacher
-    if spec.shards == 1:
-        yield None
-        return
-    with Placement(teacher.manifest.content, spec, run.display.say) as room:
-        room.reserve(1)
-        yield Spread(partial(load_answers, replica_of(spec, teacher)), room.options())
-
-
 def compose(run: Run, tokens: Tokens, labels: Labelled, student: ModelFolder, measured: Measured) -> dict[str, Any]:
     """The report so far: everything but the stages that are still to come."""
-    from orchestrator.evaluate.measure import gap_recovered
+    from orchestrator.evaluate.figures import gap_recovered
     from orchestrator.runtime.nodes import hardware
 
     return {
@@ -85,7 +71,7 @@ def compose(run: Run, tokens: Tokens, labels: Labelled, student: ModelFolder, me
         "gap_recovered": gap_recovered(measured.figures),
         "gap_recovered_interval": measured.intervals and measured.intervals.gap_recovered,
         "heldout": measured.by_token,
-        "generated": measured.generated.texts,
+        "generated": measured.generated,
         "data": _data(run, tokens),
         "labels": _labels(run, tokens, labels),
         "training": {n: run.stages[n].figures for n in TRAININGS if n in run.stages and "steps" in run.stages[n].figures},
@@ -173,8 +159,7 @@ def _export_target(run: Run) -> tuple[str, dict[str, str]]:
 
 def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[str, Any]:
     """report.json, report.html and summary.md in the run directory, and in MLflow."""
-    from orchestrator.report.build import verdict
-    from orchestrator.report.build import write_report as write
+    from orchestrator.report.build import verdict, write_figures, write_pages
 
     run.collect()
     report["throughput"]["wall_s"] = time.time() - run.started
@@ -189,7 +174,13 @@ def write_report(run: Run, report: dict[str, Any], measured: Measured) -> dict[s
     report |= {"attempt": run.attempt, "faults": [asdict(fault) for fault in run.faults]}
     samples = [[asdict(token) for token in sample] for sample in measured.samples]
     with run.stage("report", fingerprint("report", report["fingerprints"])):
-        for path in write(run.folder, report, run.points(), samples, run.shown_job()):
+        written: list[Path] = []
+        try:
+            written = write_pages(run.folder, report, run.points(), samples, run.shown_job())
+        except Exception as error:  # the figures are worth more than their pictures
+            run.warn(one_line(f"report: report.html and summary.md were not written: {type(error).__name__}: {error}"))
+            report["faults"] = [asdict(fault) for fault in run.faults]
+        for path in (*written, write_figures(run.folder, report)):
             run.tracker.artifact(path)
     run.conclude(report, verdict(report))
     return report

@@ -9,6 +9,7 @@ from orchestrator.checks.check import check
 from orchestrator.display import Display
 from orchestrator.plan.make import Plan
 from orchestrator.run import open_run
+from orchestrator.run.side_by_side import side_by_side
 
 
 def run(plan: Plan, display: Display | None = None) -> dict[str, Any]:
@@ -30,11 +31,11 @@ def run(plan: Plan, display: Display | None = None) -> dict[str, Any]:
         teacher = teacher or steps.pretrain_teacher(run, tokens)
         start = steps.prepare_student(run, tokens, teacher)
         demand = labelling.open_labels(run, tokens, teacher, start)
-        with steps.side_by_side(run) as work:
+        with side_by_side(run) as work:
             labels = work.start(labelling.label, run, tokens, teacher, demand)
-            student = work.start(steps.train_student, run, tokens, demand.student)
-            baseline = work.start(steps.train_baseline, run, tokens, demand.student, after=labels)
-        measured = outcome.evaluate(run, tokens, teacher, student.result(), baseline.result())
+            student = work.train(steps.train_student, run, tokens, demand.student)
+            baseline = work.train(steps.train_baseline, run, tokens, demand.student, student, after=labels)
+        measured = outcome.evaluate(run, tokens, teacher, demand.answers, student.result(), baseline.result())
         report = outcome.compose(run, tokens, labels.result(), student.result(), measured)
         outcome.export(run, tokens, teacher, student.result(), report)
         return outcome.write_report(run, report, measured)

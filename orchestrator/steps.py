@@ -5,32 +5,30 @@ Labelling has a module of its own (labelling.py), and so has what comes after tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from orchestrator.checks.check import check_models as look_at_models
 from orchestrator.checks.check import refuse_first
 from orchestrator.data.prepare import identify_corpus, prepare_tokens, prepared_tokens
-from orchestrator.errors import SpecError
+from orchestrator.errors import SpecError, find_user_error
 from orchestrator.models.tokenizer import tokenizer_identity
 from orchestrator.plan.checkpoint import local_checkpoint
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.plan.length import with_steps
 from orchestrator.plan.make import UNKNOWN_VOCABULARY, vocabulary
-from orchestrator.plan.resources import replica_takes, training_takes
+from orchestrator.plan.resources import evaluation_takes, replica_takes, training_takes
 from orchestrator.run import Run
+from orchestrator.run.side_by_side import side_by_side
 from orchestrator.runtime.session import check_resources
 from orchestrator.spec.job import Job
 from orchestrator.spec.model import ConfigStudent, Model, PretrainTeacher, PrunedStudent, TransformersTeacher
-from orchestrator.store.records import ModelFolder, Tokens, finished_model
+from orchestrator.store.once import Waiting, make_once
+from orchestrator.store.records import ModelFolder, Tokens
 from orchestrator.student.job import Evaluation, Initial, TrainingJob
-
-ABORT_GRACE_S = 30.0
 
 
 def check_models(job: Job) -> None:
@@ -48,6 +46,7 @@ def check_cluster(run: Run) -> None:
     check_resources({kind: spec.replicas.min * replica[kind] + student[kind] for kind in replica}, f"{who} and student")
     if isinstance(spec, PretrainTeacher):
         check_resources(training_takes(spec.train), "teacher.train")
+    check_resources(evaluation_takes(run.job), "evaluate")
     from orchestrator.runtime.nodes import check_nodes
 
     check_nodes(run.store, run.job.storage)
@@ -91,10 +90,15 @@ def tokenize(run: Run, teacher: ModelFolder | None) -> Tokens:
     source = run.job.data.source
     lineage = {"name": source.kind, "digest": corpus.key, "source": source.model_dump_json()}
     with run.stage("data", corpus.key, lineage) as stage:
-        manifest = prepared_tokens(run.store, corpus)
-        if manifest is None:
-            manifest = prepare_tokens(run.store, corpus)
-        else:
+        made = make_once(
+            run.store,
+            f"{corpus.folder}/lock",
+            lambda: prepared_tokens(run.store, corpus),
+            lambda _: prepare_tokens(run.store, corpus),
+            Waiting(run.display.say),
+        )
+        manifest = made.result
+        if not made.here:
             stage.reuse()
         stage.figures |= {"documents": manifest.documents, "rows": sum(manifest.shard_rows)}
     if manifest.special_documents and run.job.data.special_tokens_in_text == "encode_as_text":
@@ -125,7 +129,7 @@ def pretrain_teacher(run: Run, tokens: Tokens) -> ModelFolder:
         evaluation=Evaluation(every, run.job.evaluate.every_rows, log=None) if every else None,
     )
     with side_by_side(run) as work:  # in a thread: on the main one Ray Train would take SIGINT for itself, and keep it
-        teacher = work.start(_train, run, tokens, job)
+        teacher = work.train(_train, run, tokens, job)
     return teacher.result()
 
 
@@ -143,12 +147,16 @@ def prepare_student(run: Run, tokens: Tokens, teacher: ModelFolder) -> Model | I
     if not isinstance(student, PrunedStudent):
         _tell_ignored_weights(run, "student.path", origin.folder)
     with run.stage("initial", origin.key) as stage:
-        initial = finished_initial(origin)
-        if initial is None:
-            initial = make_initial(origin)
-        else:
+        made = make_once(
+            run.store,
+            f"{origin.stage}/lock",
+            lambda: finished_initial(origin),
+            lambda lock: make_initial(origin, lock),
+            Waiting(run.display.say),
+        )
+        if not made.here:
             stage.reuse()
-    return initial
+    return made.result
 
 
 def _tell_ignored_weights(run: Run, key: str, folder: Path) -> None:
@@ -165,23 +173,32 @@ def train_student(run: Run, tokens: Tokens, student: TrainingJob) -> ModelFolder
     return _train(run, tokens, student)
 
 
-def train_baseline(run: Run, tokens: Tokens, student: TrainingJob) -> ModelFolder | None:
-    """Train the same student, from the same weights on the same rows, on hard labels alone."""
+def train_baseline(run: Run, tokens: Tokens, student: TrainingJob, training: Future[Any]) -> ModelFolder | None:
+    """Train the same student, from the same weights on the same rows, on hard labels alone.
+
+    It waits for room as long as the student's `training` goes on. The run does without it if it fails, and the report says so.
+    """
     if not run.job.evaluate.baseline:
         return None
-    return _train(run, tokens, replace(student, stage="baseline", soft=None))
+    try:
+        return _train(run, tokens, replace(student, stage="baseline", soft=None), lambda: not training.done())
+    except Exception as error:
+        if run.aborted() is not None:
+            raise
+        cause = find_user_error(error) or f"{type(error).__name__}: {error}"
+        run.warn(f"baseline: {cause}; the run goes on without it, and cannot say how much distillation gained")
+        return None
 
 
-def _train(run: Run, tokens: Tokens, job: TrainingJob) -> ModelFolder:
+def _train(run: Run, tokens: Tokens, job: TrainingJob, awaits_room: Callable[[], bool] = lambda: False) -> ModelFolder:
     with run.stage(job.stage, job.key) as stage:
         run.display.expect(job.stage, job.steps)
-        model = finished_model(run.store, job.folder)
-        if model is not None:
-            stage.reuse()
-        else:
-            from orchestrator.student.launch import train_model
+        from orchestrator.student.launch import Host, train_model
 
-            model = train_model(run.store, job, run.board, tokens.tokenizer, run.warn)
+        host = Host(run.store, run.board, tokens.tokenizer, run.display.say, run.warn)
+        made = train_model(host, job, awaits_room)
+        model = made.result
+        if made.here:
             run.collect()  # so that the stage's last line has its last step
             done = int(model.manifest.training["steps"])
             if done < job.steps:
@@ -189,43 +206,7 @@ def _train(run: Run, tokens: Tokens, job: TrainingJob) -> ModelFolder:
                     f"{job.stage}: stopped at step {done} of {job.steps}: the held-out cross entropy was not lower in "
                     f"{job.train.patience} evaluations"
                 )
+        else:
+            stage.reuse()
         stage.figures |= model.manifest.training
     return model
-
-
-class SideBySide:
-    """Steps that run at the same time, each in a thread of the driver that only waits for Ray."""
-
-    def __init__(self) -> None:
-        self.futures: list[Future[Any]] = []
-
-    def start(self, step: Callable[..., Any], *args: Any, after: Future[Any] | None = None) -> Future[Any]:
-        """Start `step(*args)`, once `after` has ended well; a step after a failed one is not started."""
-        future: Future[Any] = Future()
-
-        def work() -> None:
-            try:
-                if after is not None:
-                    after.result()
-                future.set_result(step(*args))
-            except BaseException as error:
-                future.set_exception(error)
-
-        Thread(target=work, name=step.__name__, daemon=True).start()
-        self.futures.append(future)
-        return future
-
-
-@contextmanager
-def side_by_side(run: Run) -> Iterator[SideBySide]:
-    """Wait for all steps started inside; if one fails, tell the others that they wait in vain and raise its error."""
-    work = SideBySide()
-    yield work
-    ended, _ = wait(work.futures, return_when=FIRST_EXCEPTION)
-    failures = [f for f in ended if f.exception() is not None]
-    if failures:
-        cause = failures[0].exception()
-        assert cause is not None
-        run.board.abort.remote(str(cause))
-        wait(work.futures, timeout=ABORT_GRACE_S)
-        raise cause

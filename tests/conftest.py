@@ -88,7 +88,7 @@ class TokenizedCorpus:
 def tokenized(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> TokenizedCorpus:
     """The corpus as token shards, packed in this process without a cluster. Read it, do not change it."""
     from orchestrator.data.pack import pack_piece
-    from orchestrator.data.prepare import token_manifest
+    from orchestrator.data.prepare import Corpus, token_manifest
     from orchestrator.data.sources import list_pieces
     from orchestrator.data.tokenizer import tokenizer_facts, train_tokenizer
 
@@ -101,6 +101,6 @@ def tokenized(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Tokeniz
         train_tokenizer(data, tokenizer, pieces, built)
     facts = tokenizer_facts(store.path(f"{folder}/tokenizer"))
     packed = [pack_piece(store, folder, data, piece, facts) for piece in pieces]
-    manifest = token_manifest("corpus", data, facts, packed)
+    manifest = token_manifest(store, Corpus("corpus", data, None), facts, packed)
     manifest.save(store, f"{folder}/manifest.json")
     return TokenizedCorpus(store, folder, data, manifest)

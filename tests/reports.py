@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orchestrator.evaluate.tokens import Against, by_token
+from orchestrator.evaluate.tokens import TeacherComparison, by_token
 from orchestrator.plan.resources import Room
+from orchestrator.report.build import write_figures, write_pages
 from orchestrator.report.timeline import bottleneck, lanes
 
 STEPS, SHARDS, TOKENS = 20, 8, 5000
@@ -114,7 +116,7 @@ def whole_report(seed: int) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     entropy = random.gamma(2, 1.5, TOKENS)
     against = {
-        name: Against(random.lognormal(mean, 1.3, TOKENS), random.random(TOKENS) < rate * np.exp(-entropy / 20))
+        name: TeacherComparison(random.lognormal(mean, 1.3, TOKENS), random.random(TOKENS) < rate * np.exp(-entropy / 20))
         for name, mean, rate in (("student", -2.0, 0.9), ("baseline", -1.0, 0.7))
     }
     report = small_report()
@@ -133,6 +135,11 @@ def whole_report(seed: int) -> dict[str, Any]:
         report[name]["heldout_ce_nats_interval"] = [ce - 0.02, ce + 0.02]
     report["faults"] = [{"attempt": 1, "time_s": 12.0, "text": "student: a training worker died; retry 1/3"}]
     return report
+
+
+def write_report(folder: Path, report: dict[str, Any], points: Any, samples: Any, job: str) -> list[Path]:
+    """All that a run leaves for its readers: report.json, report.html and summary.md."""
+    return [write_figures(folder, report), *write_pages(folder, report, points, samples, job)]
 
 
 def small_samples(text: str = " the") -> list[list[dict[str, Any]]]:

@@ -137,6 +137,10 @@ class Command:
         self._titles: set[str] = set()
 
     @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
     def running(self) -> bool:
         return self._popen.poll() is None
 
@@ -311,10 +315,16 @@ def row_ids(folder: Path, records: list[Json]) -> Counter[bytes]:
     return found
 
 
+def token_records(storage: Path) -> list[Json]:
+    """What the storage says of each training shard of the only corpus in it."""
+    pages = sorted((only(storage / "data") / "train" / "pages").iterdir())
+    return [record for page in pages for record in json.loads(page.read_text())]
+
+
 def assert_every_row_labelled_once(storage: Path, name: str = "tiny") -> None:
     """Each row of the token shards has exactly one label row, and report.json says so."""
     tokens = only(storage / "data")
-    planned = row_ids(tokens / "train", json.loads((tokens / "manifest.json").read_text())["train"])
+    planned = row_ids(tokens / "train", token_records(storage))
     labels = only(storage / "labels")
     committed = row_ids(labels / "data", [json.loads(data) for data in commits(storage).values()])
     assert set(planned.values()) == {1}, "row ids are not unique"
@@ -341,9 +351,9 @@ class Reference:
     """From the start of labelling to the end of the student's training."""
 
     def copy(self, folder: Path, *kept: str) -> Json:
-        """A job on a copy of the storage in which data, teacher and the stages `kept` are done."""
+        """A job on a copy of the storage in which data, teacher and the stages `kept` are done, labels with held-out ones."""
         storage = folder / "store"
-        for stage in ("data", "teacher", *kept):
+        for stage in ("data", "teacher", *kept, *(["heldout"] if "labels" in kept else [])):
             shutil.copytree(self.storage / stage, storage / stage)
         return self.job | {"storage": str(storage)}
 

@@ -12,7 +12,7 @@ from orchestrator.checks.finding import Finding
 from orchestrator.errors import EnvironmentFault
 from orchestrator.plan.footprint import CPU_PROCESS
 from orchestrator.plan.make import Plan, Training
-from orchestrator.plan.resources import Resources, replica_takes, training_takes
+from orchestrator.plan.resources import Resources, evaluation_takes, replica_takes, training_takes
 from orchestrator.runtime.environment import ray_temp_folder
 from orchestrator.runtime.machine import Machine
 from orchestrator.spec.job import Job
@@ -48,7 +48,7 @@ def _gpus(job: Job, machine: Machine) -> Iterator[Finding]:
         return
     asked, have = {key: takes["GPU"] for key, takes in _askers(job).items()}, len(machine.gpus)
     together = asked["train"] + asked["teacher.replicas"]
-    most = max(together, asked.get("teacher.train", 0.0))
+    most = max(together, asked.get("teacher.train", 0.0), evaluation_takes(job)["GPU"])
     if not most:
         return
     if most > have:

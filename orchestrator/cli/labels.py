@@ -90,10 +90,11 @@ def _show(losses: list[Loss]) -> None:
 
 def _open_log(path: str) -> LabelLog:
     from orchestrator.store.files import open_store
+    from orchestrator.store.heldout import ANSWERS
     from orchestrator.store.label_log import LabelLog
 
     address = open_store(path).address()
-    root, _, key = address.rpartition("/labels/")
-    if not root or "/" in key or not open_store(address).exists("key.json"):
+    storage, root, key = address.rsplit("/", 2)
+    if root not in ("labels", ANSWERS) or not open_store(address).exists("key.json"):
         raise SpecError(f"{path}: not a label log; give STORAGE/labels/KEY, where a run's report.json has the KEY")
-    return LabelLog(open_store(root), key)
+    return LabelLog(open_store(storage), key, root)

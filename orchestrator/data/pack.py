@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from orchestrator.data.sizing import cut_evenly, group_rows
 from orchestrator.data.sources import Document, Piece, read_piece
 from orchestrator.data.split import heldout_draw, is_heldout
 from orchestrator.data.tokenizer import TokenizerFacts, decode_document, special_tokens
@@ -19,7 +20,7 @@ from orchestrator.plan.order import shuffled
 from orchestrator.spec.data import Data
 from orchestrator.store.files import Store
 from orchestrator.store.records import Record, ShardRecord
-from orchestrator.store.shards import ROW_ID_BYTES, TokenShard, put_shard
+from orchestrator.store.shards import ROW_ID_BYTES, TokenShard, put_tokens
 
 DOCUMENTS_PER_CALL = 64
 HELDOUT_WINDOWS_PER_DOCUMENT = 16
@@ -126,11 +127,11 @@ class _Windows:
 
 
 def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: TokenizerFacts) -> PackedPiece:
-    """Tokenize `piece`, split off held-out documents, and store its shards under `folder`.
+    """Tokenize `piece`, split off held-out documents, and store its shards under `folder`, of the sizes in `data`.
 
     Idempotent: a piece that was finished before is not read again.
     """
-    key = f"{folder}/pieces/{piece.index:06d}.json"
+    key = piece_key(folder, piece.index)
     done = PackedPiece.load(store, key)
     if done is not None:
         return done
@@ -161,6 +162,11 @@ def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: Token
     )
     store.put_if_absent(key, packed.model_dump_json().encode())
     return packed
+
+
+def piece_key(folder: str, piece: int) -> str:
+    """Where it is recorded what became of a piece."""
+    return f"{folder}/pieces/{piece:06d}.json"
 
 
 class _Tokenized(NamedTuple):
@@ -221,13 +227,15 @@ def _store_rows(
     store: Store, folder: str, data: Data, piece: Piece, windows: _Windows, row_documents: list[bytes] | None = None
 ) -> tuple[ShardRecord, ...]:
     """Shuffle the windows of a piece and cut them into shards, which keep `row_documents` if given."""
+    assert data.rows_per_shard is not None
+    group = group_rows(data)
     order = shuffled(len(windows.rows), data.seed, piece.index)
     records: list[ShardRecord] = []
-    for start in range(0, len(order), data.rows_per_shard):
-        chosen = [int(i) for i in order[start : start + data.rows_per_shard]]
+    for part in cut_evenly(len(order), data.rows_per_shard // group * group, group):
+        chosen = [int(i) for i in order[part]]
         masks = np.stack([windows.masks[i] for i in chosen]) if data.source.prompt else None
         documents = [row_documents[i] for i in chosen] if row_documents else None
         ids = np.stack([windows.rows[i] for i in chosen])
         shard = TokenShard([windows.row_ids[i] for i in chosen], ids, masks, documents)
-        records.append(put_shard(store, folder, len(records), shard.to_table()))
+        records.append(put_tokens(store, folder, len(records), shard, group))
     return tuple(records)

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orchestrator.data.sizing import piece_size
 from orchestrator.errors import DataError
 from orchestrator.plan.order import shuffled
 from orchestrator.spec.data import Data, DatasetSource, JsonlSource, ParquetSource, Source, StdlibSource, TextSource
 
-PIECE_BYTES = 16 << 20
-PIECE_ROWS = 16_384
+COMPRESSED = 3
+"""Bytes of text in a byte of a Parquet file, about."""
 MOST_NAMED = 8
 """Columns that a message lists."""
 
@@ -59,19 +60,32 @@ def corpus_listing(source: Source) -> list[list[Any]]:
     return [[name, s.st_size, s.st_mtime_ns] for name, s in stats]
 
 
+def corpus_bytes(source: Source) -> int:
+    """About how much text there is, from sizes alone; raises `DataError` if there is nothing to read."""
+    if isinstance(source, DatasetSource):
+        return int(_dataset(source).data.nbytes)
+    return _text_bytes(source, _files(source))
+
+
+def _text_bytes(source: Source, files: Sequence[tuple[str, str]]) -> int:
+    size = sum(Path(path).stat().st_size for path, _ in files)
+    return size * COMPRESSED if isinstance(source, ParquetSource) else size
+
+
 def list_pieces(data: Data) -> list[Piece]:
     """Cut the corpus of `data` into pieces; raises `DataError` if there is nothing to read."""
     source = data.source
     if isinstance(source, DatasetSource):
-        rows = len(_dataset(source))
-        return [Piece(i, ((source.name, source.name),), a, b) for i, (a, b) in enumerate(_ranges(rows, PIECE_ROWS))]
+        rows, most = len(_dataset(source)), piece_size(data, corpus_bytes(source))
+        return [Piece(i, ((source.name, source.name),), a, b) for i, (a, b) in enumerate(_ranges(rows, most.rows))]
     files = _files(source)
+    most = piece_size(data, _text_bytes(source, files))
     if isinstance(source, StdlibSource | TextSource):
-        return _grouped(files, data.seed)
+        return _grouped(files, data.seed, most.bytes)
     parts: list[tuple[tuple[str, str], int, int]] = []
     for path, name in files:
         size, step = (
-            (_parquet_rows(path), PIECE_ROWS) if isinstance(source, ParquetSource) else (Path(path).stat().st_size, PIECE_BYTES)
+            (_parquet_rows(path), most.rows) if isinstance(source, ParquetSource) else (Path(path).stat().st_size, most.bytes)
         )
         parts += [((path, name), a, b) for a, b in _ranges(size, step)]
     return [Piece(i, (file,), a, b) for i, (file, a, b) in enumerate(parts)]
@@ -160,12 +174,12 @@ def _python_files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
-def _grouped(files: Sequence[tuple[str, str]], seed: int) -> list[Piece]:
-    """Whole files, spread at random over pieces of about `PIECE_BYTES`."""
+def _grouped(files: Sequence[tuple[str, str]], seed: int, piece_bytes: int) -> list[Piece]:
+    """Whole files, spread at random over pieces of about `piece_bytes`."""
     groups: list[list[tuple[str, str]]] = [[]]
     size = 0
     for i in shuffled(len(files), seed):
-        if size >= PIECE_BYTES:
+        if size >= piece_bytes:
             groups.append([])
             size = 0
         groups[-1].append(files[int(i)])

@@ -31,7 +31,7 @@ class Intervals(NamedTuple):
     heldout_ce_nats: dict[str, Interval]
     """By model."""
     gap_recovered: Interval | None
-    """None without a baseline, and where the documents do not tell whether the baseline is worse than the teacher."""
+    """None without teacher or baseline, and where the documents do not tell whether the baseline is worse than the teacher."""
 
 
 def intervals(nats: Mapping[str, Floats], targets: npt.NDArray[np.int64], documents: Sequence[bytes]) -> Intervals | None:
@@ -52,7 +52,7 @@ def intervals(nats: Mapping[str, Floats], targets: npt.NDArray[np.int64], docume
 
 
 def _gap_recovered(ce: Mapping[str, Floats], tail: float) -> Interval | None:
-    if "baseline" not in ce:
+    if not {"teacher", "student", "baseline"} <= ce.keys():
         return None
     gap = ce["baseline"] - ce["teacher"]
     if np.quantile(gap, SURELY) <= 0:

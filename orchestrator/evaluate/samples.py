@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from orchestrator.labels.answer import Answer
+from orchestrator.evaluate.answers import Distribution, Whole
 
 SAMPLES, SAMPLE_TOKENS, TOP = 3, 96, 3
-
-Answers = Callable[[torch.Tensor], Answer]
-"""What a model says about ids [rows, seq]."""
 
 
 @dataclass(frozen=True)
@@ -41,29 +38,26 @@ class SampleToken:
     student_top: tuple[Guess, ...]
 
 
-@torch.inference_mode()
-def sample_text(teacher: Answers, student: Answers, windows: torch.Tensor, tokenizer: Tokenizer) -> list[list[SampleToken]]:
-    """The beginnings of `SAMPLES` of `windows` [rows, seq + 1], evenly chosen; their first tokens are context alone."""
-    count = min(SAMPLES, len(windows))
-    return [_sample(teacher, student, windows[i * len(windows) // count, : SAMPLE_TOKENS + 1], tokenizer) for i in range(count)]
+def sample_rows(rows: int) -> set[int]:
+    """Which of `rows` windows are shown: `SAMPLES` of them, evenly chosen."""
+    count = min(SAMPLES, rows)
+    return {i * rows // count for i in range(count)}
 
 
-def _sample(teacher: Answers, student: Answers, ids: torch.Tensor, tokenizer: Tokenizer) -> list[SampleToken]:
-    """The tokens after the first of `ids` [n + 1]; holds [n, vocab] of both models, and n is small."""
-    said = (speaker(ids[None, :-1]) for speaker in (teacher, student))
-    theirs, ours = (answer.head(answer.states[0]).log_softmax(-1) for answer in said)
-    kl = (theirs.exp() * (theirs - ours)).sum(-1).tolist()
-    chances = [log_probs.gather(1, ids[1:, None])[:, 0].exp().tolist() for log_probs in (theirs, ours)]
-    guesses = [_guesses(tokenizer, log_probs) for log_probs in (theirs, ours)]
-    return [SampleToken(*token) for token in zip(_pieces(tokenizer, ids[1:].tolist()), kl, *chances, *guesses, strict=True)]
+def sample_text(teacher: Distribution, student: torch.Tensor, targets: torch.Tensor, tokenizer: Tokenizer) -> list[SampleToken]:
+    """The tokens `targets` [n], with what was expected in their places; `student` are its log-probabilities [n, vocab]."""
+    chances = [said.log_probs_of(targets).exp().tolist() for said in (teacher, Whole(student))]
+    guesses = [_guesses(tokenizer, said) for said in (teacher, Whole(student))]
+    kl = teacher.divergence(student).tolist()
+    return [SampleToken(*token) for token in zip(_pieces(tokenizer, targets.tolist()), kl, *chances, *guesses, strict=True)]
 
 
-def _guesses(tokenizer: Tokenizer, log_probs: torch.Tensor) -> list[tuple[Guess, ...]]:
-    """By position of `log_probs` [n, vocab]."""
-    top = log_probs.topk(TOP)
+def _guesses(tokenizer: Tokenizer, said: Distribution) -> list[tuple[Guess, ...]]:
+    """By position."""
+    probs, ids = said.top(TOP)
     return [
-        tuple(Guess(tokenizer.decode([i], skip_special_tokens=False), p) for i, p in zip(ids, probs, strict=True))
-        for ids, probs in zip(top.indices.tolist(), top.values.exp().tolist(), strict=True)
+        tuple(Guess(tokenizer.decode([i], skip_special_tokens=False), p) for i, p in zip(*guesses, strict=True))
+        for guesses in zip(ids.tolist(), probs.tolist(), strict=True)
     ]
 
 

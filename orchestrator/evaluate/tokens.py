@@ -20,8 +20,8 @@ QUANTILES = (0.5, 0.75, 0.9, 0.97)
 
 
 @dataclass(frozen=True)
-class Against:
-    """One model against the teacher, by position."""
+class TeacherComparison:
+    """How one model compares with the teacher, by position."""
 
     kl_nats: Floats
     """[positions]: KL(teacher ‖ model) of the predicted distributions."""
@@ -29,7 +29,7 @@ class Against:
     """[positions]: whether both hold the same token most likely."""
 
 
-def by_token(entropy: Floats, models: Mapping[str, Against]) -> dict[str, Any]:
+def by_token(entropy: Floats, models: Mapping[str, TeacherComparison]) -> dict[str, Any]:
     """What report.json says under `heldout`, from the teacher's `entropy` [positions] in nats and `models` by name."""
     return {
         "tokens": len(entropy),
@@ -52,7 +52,7 @@ def kl_histogram(kl_nats: Mapping[str, Floats]) -> dict[str, list[float]]:
     return {"edges_nats": edges.tolist(), **{name: c.tolist() for name, c in counts.items()}}
 
 
-def by_entropy(entropy: Floats, models: Mapping[str, Against]) -> dict[str, Any]:
+def by_entropy(entropy: Floats, models: Mapping[str, TeacherComparison]) -> dict[str, Any]:
     """Agreement and mean KL in bins of the teacher's entropy that hold equally many tokens; equal entropies share a bin."""
     # Edges are entropies that occur, so that no bin is empty.
     edges = np.unique(np.quantile(entropy, np.linspace(0, 1, ENTROPY_BINS + 1), method="lower"))

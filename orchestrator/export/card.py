@@ -40,8 +40,8 @@ def model_card(release: Release, sources: list[Source], folder: Path) -> str:
     parts = [
         f"---\n{front.to_yaml()}\n---",
         f"# {report['name']}",
-        f"A language model of {report['student']['params']:,} parameters, distilled from {teacher.text}, which has "
-        f"{report['teacher']['params']:,}.",
+        f"A language model of {report['student']['params']:,} parameters, distilled from {teacher.text}"
+        + (f", which has {report['teacher']['params']:,}." if report["teacher"] else "."),
         _licence(sources),
         "## Use\n\nIn this folder:\n\n```python\n" + snippet(folder) + "```",
         "## Figures\n\n" + _figures(report),

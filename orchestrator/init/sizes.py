@@ -44,11 +44,6 @@ class Windows:
     heldout: int
 
     @property
-    def rows_per_shard(self) -> int:
-        """Such that there are some shards for the student to follow, each not too small."""
-        return max(8, min(64, self.train // 64 * 8))
-
-    @property
     def plenty(self) -> bool:
         return self.train >= PLENTY
 

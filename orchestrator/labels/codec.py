@@ -6,7 +6,7 @@ import torch
 
 from orchestrator.labels.answer import Answer
 from orchestrator.labels.kinds import label_kind
-from orchestrator.labels.layout import Arrays, Columns, Frame
+from orchestrator.labels.layout import Arrays, Columns, Frame, rows_of
 from orchestrator.labels.targets import Targets
 from orchestrator.labels.vectors import Vectors
 from orchestrator.spec.labels import Labels
@@ -28,11 +28,16 @@ class Codec:
         return arrays
 
     def pack(self, arrays: Arrays) -> Columns:
-        """The rows of a whole shard as bytes."""
+        """The rows of a row group as bytes."""
         columns = self._kind.pack(arrays)
         for vectors in self._features.values():
             columns |= vectors.pack(arrays)
         return columns
+
+    def pack_groups(self, arrays: Arrays, group_rows: int) -> list[Columns]:
+        """The rows of a whole shard as bytes, a row group after another."""
+        rows = len(next(iter(arrays.values())))
+        return [self.pack(rows_of(arrays, slice(start, start + group_rows))) for start in range(0, rows, group_rows)]
 
     def unpack(self, columns: Columns) -> Arrays:
         """What `pack` was given; raises `ValueError` for bytes it never gives."""

@@ -9,26 +9,22 @@ Exact at any temperature up to the rounding of the state, and smaller than top-k
 from __future__ import annotations
 
 from orchestrator.labels.answer import Answer
-from orchestrator.labels.layout import Arrays, Columns, Frame
+from orchestrator.labels.layout import Arrays, Frame
+from orchestrator.labels.packing import HiddenPacking
 from orchestrator.labels.targets import Hidden
 from orchestrator.labels.vectors import Vectors
 from orchestrator.spec.labels import HiddenLabels
 
 
-class HiddenKind:
+class HiddenKind(HiddenPacking):
     def __init__(self, spec: HiddenLabels, frame: Frame) -> None:
+        super().__init__(spec, frame.shape)
         self._states = Vectors("states", spec, frame)
         self._head = frame.head
 
     def extract(self, answer: Answer, seeds: list[bytes]) -> Arrays:
         """`states` [rows, seq, width]."""
         return self._states.extract(answer.states)
-
-    def pack(self, arrays: Arrays) -> Columns:
-        return self._states.pack(arrays)
-
-    def unpack(self, columns: Columns) -> Arrays:
-        return self._states.unpack(columns)
 
     def targets(self, arrays: Arrays, temperature: float) -> Hidden:
         """States [rows, seq, width] with the teacher's head."""

@@ -6,21 +6,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from orchestrator.labels.layout import Columns, tempered
 from orchestrator.labels.setcode import COLUMNS, ID_COLUMNS, decode_sets, entropy_bound
 from orchestrator.store.label_log import LabelLog
-from orchestrator.store.records import ShardRecord
-from orchestrator.store.shards import binary_column, get_shard
+from orchestrator.store.row_groups import ShardFile, binary_column
 
-SHARDS_READ = 16
-"""Shards that are looked into; a log has many alike."""
+SHARDS_READ, GROUPS_READ = 16, 16
+"""Shards that are looked into, and row groups of each; a log has many alike."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +34,20 @@ class Costs:
 
 
 def label_costs(log: LabelLog) -> Costs:
-    """Costs of the first committed shards of `log`; raises `IntegrityError` for a damaged one."""
+    """Costs of the first row groups of the first committed shards of `log`; raises `IntegrityError` for a damaged one."""
     identity = log.identity()
     seq_len, vocab_size = identity["shape"]["seq_len"], identity["shape"]["vocab_size"]
     sizes: Counter[str] = Counter()
     bits: Counter[str] = Counter()
     unique: Counter[str] = Counter()
     tokens = 0
-    for shard, record in log.all_committed()[:SHARDS_READ]:
-        count = record.rows * seq_len
+    for file, number in _groups(log):
+        table = file.group(number)
+        count = table.num_rows * seq_len
         tokens += count
-        columns = _columns(log, shard, record)
-        sizes.update(_compressed(log, record))
+        sizes.update(_compressed(file, number))
         if identity["labels"]["kind"] == "sampled":
+            columns = {name: binary_column(table, name) for name in table.column_names}
             for t in identity["labels"]["temperatures"]:
                 bound, mean = _bound(columns, t, identity["labels"]["samples"], vocab_size, seq_len)
                 bits.update({name: value * count for name, value in bound.items()})
@@ -57,16 +56,18 @@ def label_costs(log: LabelLog) -> Costs:
     return Costs(*per_token)
 
 
-def _compressed(log: LabelLog, record: ShardRecord) -> Mapping[str, int]:
-    with log.store.open(f"{log.folder}/data/{record.file}") as file:
-        group = pq.ParquetFile(file).metadata.row_group(0)
+def _groups(log: LabelLog) -> Iterator[tuple[ShardFile, int]]:
+    for shard in log.shards()[:SHARDS_READ]:
+        record = log.committed(shard)
+        assert record is not None
+        file = log.file(shard, record)
+        yield from ((file, number) for number in range(min(GROUPS_READ, len(file.footer.groups))))
+
+
+def _compressed(file: ShardFile, number: int) -> Mapping[str, int]:
+    group = file.footer.metadata.row_group(number)
     columns: list[Any] = [group.column(i) for i in range(group.num_columns)]
     return {column.path_in_schema: column.total_compressed_size for column in columns}
-
-
-def _columns(log: LabelLog, shard: int, record: ShardRecord) -> Columns:
-    table = get_shard(log.store, f"{log.folder}/data", record, f"label shard {shard}")
-    return {name: binary_column(table, name) for name in table.column_names}
 
 
 def _bound(columns: Columns, t: float, samples: int, vocab_size: int, seq_len: int) -> tuple[dict[str, float], float]:

@@ -1,6 +1,7 @@
 """Label kinds: what a teacher says as compact columns of bytes, and back as targets of a loss.
 
-A new kind is a module with these four steps, a variant of the `labels` section, and a line in `KINDS`.
+A new kind is a class with the two steps in the middle in `labels/packing.py`, which knows nothing of torch, a module with the
+other two, a variant of the `labels` section, and a line in `PACKINGS` and in `KINDS`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class LabelKind(Protocol):
         ...
 
     def pack(self, arrays: Arrays) -> Columns:
-        """The rows of a whole shard as bytes."""
+        """The rows of a row group as bytes."""
         ...
 
     def unpack(self, columns: Columns) -> Arrays:

@@ -20,8 +20,8 @@ import torch
 
 from orchestrator.errors import SpecError
 from orchestrator.labels.answer import Answer
-from orchestrator.labels.layout import Arrays, Columns, Frame, tempered
-from orchestrator.labels.setcode import COLUMNS, decode_sets, encode_sets
+from orchestrator.labels.layout import Arrays, Frame, tempered
+from orchestrator.labels.packing import SampledPacking
 from orchestrator.labels.targets import Sparse
 from orchestrator.spec.labels import SampledLabels
 
@@ -31,12 +31,12 @@ CACHED_ENTRIES = 1 << 18
 """Logits that a CPU draws from at a time: 1 MiB in fp32, so that its passes over them stay in its cache."""
 
 
-class Sampled:
+class Sampled(SampledPacking):
     def __init__(self, spec: SampledLabels, frame: Frame) -> None:
         if spec.samples > frame.vocab_size:
             raise SpecError(f"labels.samples: {spec.samples} exceeds the vocabulary of {frame.vocab_size}")
+        super().__init__(spec, frame.shape)
         self._spec = spec
-        self._frame = frame
 
     def extract(self, answer: Answer, seeds: list[bytes]) -> Arrays:
         """For every temperature `ids` [rows, seq, samples], ascending in each position, repeats included."""
@@ -51,28 +51,6 @@ class Sampled:
                 drawn[t].append(draw(at_temperature, torch.from_numpy(u[part]).to(logits.device)).cpu().numpy())
             done += len(logits)
         return {tempered("ids", t): np.concatenate(parts).reshape(rows, seq, -1) for t, parts in drawn.items()}
-
-    def pack(self, arrays: Arrays) -> Columns:
-        """The columns of `setcode` for every temperature."""
-        columns: Columns = {}
-        for t in self._spec.temperatures:
-            drawn = arrays[tempered("ids", t)]
-            new = np.ones(drawn.shape, dtype=bool)
-            new[..., 1:] = drawn[..., 1:] != drawn[..., :-1]
-            starts = np.flatnonzero(new)
-            counts = np.diff(np.append(starts, drawn.size))
-            packed = encode_sets(new.sum(-1), drawn.reshape(-1)[starts], counts, self._spec.samples, self._frame.vocab_size)
-            columns |= {tempered(name, t): values for name, values in packed.items()}
-        return columns
-
-    def unpack(self, columns: Columns) -> Arrays:
-        arrays: Arrays = {}
-        for t in self._spec.temperatures:
-            packed = {name: columns[tempered(name, t)] for name in COLUMNS}
-            _, ids, counts = decode_sets(packed, self._spec.samples, self._frame.vocab_size, self._frame.seq_len)
-            shape = (len(packed["sets"]), self._frame.seq_len, self._spec.samples)
-            arrays[tempered("ids", t)] = np.repeat(ids, counts).astype(np.int32).reshape(shape)
-        return arrays
 
     def targets(self, arrays: Arrays, temperature: float) -> Sparse:
         """Targets [rows, seq, most unique ids]; t = counts / N."""

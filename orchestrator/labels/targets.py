@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+TARGET_LOG_PROBS = "target_log_probs"
+"""Column beside top-k labels of held-out rows: the log-probability of each target [seq], fp32, be it among the k ids or not."""
+
 
 @dataclass(frozen=True)
 class Sparse:

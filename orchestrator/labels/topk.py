@@ -9,25 +9,22 @@ exact tail mass: sum p^(1/tau) cannot be rebuilt from k values and what they lea
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from orchestrator.errors import SpecError
 from orchestrator.labels.answer import Answer
-from orchestrator.labels.layout import Arrays, Columns, Frame, pack, tempered, unpack
-from orchestrator.labels.setcode import ID_COLUMNS, decode_ids, encode_ids
+from orchestrator.labels.layout import Arrays, Frame, tempered
+from orchestrator.labels.packing import TopkPacking
 from orchestrator.labels.targets import Sparse
 from orchestrator.spec.labels import TopkLabels
 
 
-class Topk:
+class Topk(TopkPacking):
     def __init__(self, spec: TopkLabels, frame: Frame) -> None:
         if spec.k > frame.vocab_size:
             raise SpecError(f"labels.k: {spec.k} exceeds the vocabulary of {frame.vocab_size}")
+        super().__init__(spec, frame.shape)
         self._spec = spec
-        self._frame = frame
-        self._of_position = [tempered(name, t) for t in spec.temperatures for name in ("log_z", "tail")]
-        """Names of the arrays with one number per position."""
 
     def extract(self, answer: Answer, seeds: list[bytes]) -> Arrays:
         """`ids`, ascending in each position, `logprobs` [rows, seq, k] and, for every temperature, `log_z` and `tail`."""
@@ -45,23 +42,6 @@ class Topk:
                 kept.setdefault(name, []).append(values.cpu())
         whole = {name: torch.cat(parts).unflatten(0, (len(answer.states), -1)).numpy() for name, parts in kept.items()}
         return whole | {"logprobs": whole["logprobs"].astype("<f2")}
-
-    def pack(self, arrays: Arrays) -> Columns:
-        """The id columns of `setcode`, `logprobs`, and the numbers per position."""
-        ids = arrays["ids"]
-        columns = encode_ids(np.full(ids.shape[:2], self._spec.k), ids.reshape(-1), self._frame.vocab_size)
-        columns["logprobs"] = pack(arrays["logprobs"], "<f2")
-        return columns | {name: pack(arrays[name], "<f4") for name in self._of_position}
-
-    def unpack(self, columns: Columns) -> Arrays:
-        seq = self._frame.seq_len
-        unique, ids = decode_ids({name: columns[name] for name in ID_COLUMNS}, self._frame.vocab_size, seq)
-        if np.any(unique != self._spec.k):
-            raise ValueError(f"packed sets: a position has not {self._spec.k} ids")
-        arrays: Arrays = {name: unpack(columns[name], "<f4", seq) for name in self._of_position}
-        arrays["ids"] = ids.astype(np.int32).reshape(-1, seq, self._spec.k)
-        arrays["logprobs"] = unpack(columns["logprobs"], "<f2", seq, self._spec.k)
-        return arrays
 
     def targets(self, arrays: Arrays, temperature: float) -> Sparse:
         """Targets [rows, seq, k] with the tail's mass [rows, seq], or scaled to one without it where the job asks for that."""

@@ -8,18 +8,21 @@ from __future__ import annotations
 import torch
 
 from orchestrator.errors import DataError
-from orchestrator.labels.layout import Arrays, Columns, Frame, pack, unpack
+from orchestrator.labels.layout import Arrays, Frame
+from orchestrator.labels.packing import VECTOR_DTYPES, VectorsPacking
 from orchestrator.spec import labels as spec
 
 INT8_LIMIT = 127
-FP16_LIMIT = 65504.0
+FP32_LIMIT = torch.finfo(torch.float32).max
+LIMITS = {"fp16": 65504.0, "fp32": FP32_LIMIT, "int8": FP32_LIMIT, "pca": 65504.0}
+"""How large the entries of a vector may be, by codec."""
 
 
-class Vectors:
+class Vectors(VectorsPacking):
     """A named array of vectors [rows, seq, width]; int8 adds `name`_scale, pca keeps coordinates instead."""
 
     def __init__(self, name: str, storage: spec.Vectors, frame: Frame) -> None:
-        self._name, self._scale = name, f"{name}_scale"
+        super().__init__(name, storage, frame.shape)
         self._codec = storage.codec
         self._frame = frame
 
@@ -29,26 +32,12 @@ class Vectors:
         if self._codec == "pca":
             vectors = self._frame.basis(self._name).project(vectors)
         most = float(vectors.abs().amax())
-        if not most <= (torch.finfo(torch.float32).max if self._codec == "int8" else FP16_LIMIT):
+        if not most <= LIMITS[self._codec]:
             raise DataError(f"the teacher's {self._name} reach {most:g}, beyond what {self._codec} holds")
         if self._codec != "int8":
-            return {self._name: vectors.numpy().astype("<f2")}
+            return {self._name: vectors.numpy().astype(VECTOR_DTYPES[self._codec])}
         scale = vectors.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / INT8_LIMIT
         return {self._name: (vectors / scale).round().numpy().astype("i1"), self._scale: scale[..., 0].numpy()}
-
-    def pack(self, arrays: Arrays) -> Columns:
-        if self._codec != "int8":
-            return {self._name: pack(arrays[self._name], "<f2")}
-        return {self._name: pack(arrays[self._name], "i1"), self._scale: pack(arrays[self._scale], "<f4")}
-
-    def unpack(self, columns: Columns) -> Arrays:
-        seq = self._frame.seq_len
-        if self._codec != "int8":
-            return {self._name: unpack(columns[self._name], "<f2", seq, -1)}
-        return {
-            self._name: unpack(columns[self._name], "i1", seq, -1),
-            self._scale: unpack(columns[self._scale], "<f4", seq),
-        }
 
     def tensor(self, arrays: Arrays) -> torch.Tensor:
         """The vectors [rows, seq, width]: fp16 where they are stored so, as several steps of them wait in memory; else fp32."""

@@ -18,6 +18,7 @@ BY_STAGE = "run, stage"
 STAGE = "{{run}} {{stage}}"
 
 NO_DEATH = "no process has died"
+NO_CHECKPOINT = "training ends before train.checkpoint_every steps"
 NO_EVALUATION = "evaluate.every is null"
 MOE_ONLY = "the student is no mixture of experts"
 
@@ -196,12 +197,13 @@ TRAINING = Dashboard(
                 CHECKPOINT_AGE,
                 RESTARTS,
                 NONFINITE,
+                _gauge(names.CHECKPOINT_STALL_S, "Checkpoint stall", "s", width=6, optional=NO_CHECKPOINT),
                 Panel(
                     "Worker busy",
                     f"{METRICS[names.TRAIN_BUSY_S].help}, per second.",
                     [Query(rate(names.TRAIN_BUSY_S, WINDOW, THIS_RUN, by=BY_STAGE), STAGE)],
                     "percentunit",
-                    width=12,
+                    width=6,
                 ),
             ],
         ),

@@ -26,6 +26,7 @@ def deepspeed_config(train: Train) -> dict[str, Any]:
                 "betas": list(train.betas),
                 "weight_decay": train.weight_decay,
                 "torch_adam": True,
+                "fused": True,  # one pass over the weights in place of a dozen
             },
         },
         "zero_optimization": _zero(train),

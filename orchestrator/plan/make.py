@@ -14,7 +14,7 @@ from orchestrator.plan.footprint import Footprint, Rows, footprint
 from orchestrator.plan.layout import layout_of
 from orchestrator.plan.length import shown_length
 from orchestrator.plan.memory import label_bytes_per_token
-from orchestrator.plan.resources import replica_takes, training_takes
+from orchestrator.plan.resources import evaluation_takes, replica_takes, training_takes
 from orchestrator.plan.sizes import Decoder, decoder, with_mtp
 from orchestrator.spec.data import TrainTokenizer
 from orchestrator.spec.job import Job
@@ -172,7 +172,8 @@ def _stages(job: Job) -> tuple[Stage, ...]:
     stages.append(_training_stage("student", f"{shown_length(train)}, following the labels as they are written", train))
     if job.evaluate.baseline:
         stages.append(_training_stage("baseline", "the same student on hard labels alone", train))
-    stages.append(Stage("evaluate", f"up to {job.evaluate.rows} held-out windows", 1, 0))
+    measuring = evaluation_takes(job)
+    stages.append(Stage("evaluate", f"up to {job.evaluate.rows} held-out windows", measuring["CPU"], measuring["GPU"]))
     stages.append(Stage("export", "Hugging Face folder", 0, 0))
     stages.append(Stage("report", "report.html, report.json, summary.md", 0, 0))
     return tuple(stages)

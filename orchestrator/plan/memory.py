@@ -36,7 +36,9 @@ def _distribution_bytes(labels: Labels, vocab_size: int, teacher_width: int) -> 
 
 
 def _vector_bytes(vectors: Vectors, width: int) -> float:
-    return width + 4 if vectors.codec == "int8" else 2 * (vectors.rank or width)
+    if vectors.codec == "int8":
+        return width + 4
+    return 4 * width if vectors.codec == "fp32" else 2 * (vectors.rank or width)
 
 
 def _set_bytes(ids: int, vocab_size: int) -> float:

@@ -23,6 +23,12 @@ def training_takes(train: Train) -> Resources:
     return {"CPU": train.workers * train.cpus_per_worker, "GPU": train.workers * train.gpus_per_worker}
 
 
+def evaluation_takes(job: Job) -> Resources:
+    """Of the one process that measures models: a GPU where anything of the job computes on one."""
+    on_gpu = replica_takes(job.teacher)["GPU"] or any(training_takes(train)["GPU"] for train in job.trainings.values())
+    return {"CPU": 1.0, "GPU": 1.0 if on_gpu else 0.0}
+
+
 @dataclass(frozen=True)
 class Room:
     """What the devices of a run still had to give while teacher and student were at work."""

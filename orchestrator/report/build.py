@@ -1,4 +1,4 @@
-"""Writes what a run leaves for its readers: `report.json`, `report.html` and `summary.md`."""
+"""Writes what a run leaves for its readers: `report.json`, and `report.html` and `summary.md` that are drawn from it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,26 @@ from orchestrator.report.words import percent
 from orchestrator.store.local import LocalStore
 from orchestrator.tracking.figures import recovered
 
+FIGURES = "report.json"
 _FIELDS = ("params", "active_params", "heldout_ce_nats", "heldout_ppl", "top1_accuracy", "tokens_per_s", "size_bytes")
 
 
-def write_report(
+def write_figures(run_dir: Path, report: dict[str, Any]) -> Path:
+    """Write report.json into `run_dir`, whole or not at all, and return its path; `report` follows its contract."""
+    text = json.dumps(_finite(report), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    store = LocalStore(run_dir)
+    store.replace(FIGURES, text.encode())
+    return store.path(FIGURES)
+
+
+def write_pages(
     run_dir: Path,
     report: dict[str, Any],
     points: list[dict[str, Any]],
     samples: Sequence[Sequence[dict[str, Any]]],
     job_yaml: str,
 ) -> list[Path]:
-    """Write the three files into `run_dir`, each whole or not at all, and return their paths.
+    """Write report.html and summary.md into `run_dir`, each whole or not at all, and return their paths.
 
     `report` follows the report.json contract, with `name` and `stages` besides; `points` are the run's metric points,
     their `time_s` and the stages' `started_s` both counted from the start of the run; `samples` are texts,
@@ -40,7 +49,6 @@ def write_report(
     environment = templates()
     page, summary = (environment.get_template(name) for name in ("report.html.j2", "summary.md.j2"))
     files = {
-        "report.json": json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
         "report.html": page.render(
             **context,
             job_yaml=job_yaml,

@@ -1,78 +1,38 @@
-"""An open run: its lock, its place on Ray, and the record it keeps of its stages."""
+"""An open run: its plan and its place, and one way for everything that happens in it to be recorded."""
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.display import Display
-from orchestrator.errors import EnvironmentFault, Terminated, find_user_error, one_line
-from orchestrator.plan.explain import as_dict
 from orchestrator.plan.make import Plan
-from orchestrator.run.directory import RUN, claim_directory
-from orchestrator.run.record import Fault, RunStatus, StageRecord, ended_by
-from orchestrator.run.tracking import NOTE, description, final_figures, start_tracker, without_password
-from orchestrator.runtime.session import ray_session
-from orchestrator.runtime.signals import signals_heeded
+from orchestrator.run.place import Place
+from orchestrator.run.record import Fault, RunRecord, StageRecord, ended_by
+from orchestrator.run.sinks import TRACKED, Sink
+from orchestrator.run.tracking import NOTE, description, final_figures, without_password
 from orchestrator.spec.load import resolved_yaml
-from orchestrator.store.files import StillOurs, open_store, storage_faults
-from orchestrator.tracking.mlflow_tracker import PARENT, Status, Tracker
-from orchestrator.tracking.names import SHARDS_STARTED, metric_of, stage_id
+from orchestrator.tracking.mlflow_tracker import Tracker
+from orchestrator.tracking.names import SHARDS_STARTED, stage_id
 from orchestrator.tracking.spool import Spool
-from orchestrator.tracking.system import system_metrics
+
+if TYPE_CHECKING:
+    from orchestrator.runtime.board import Point  # with Ray, which is loaded where it is used
 
 log = logging.getLogger(__name__)
-METRICS, OUTBOX = "metrics.jsonl", "tracking.json"
-"""Files of the run directory that are written on and on."""
-MONITOR_EVERY_S = 0.5
 ANSWER_S = 300.0
 """The board answers within milliseconds, or is gone."""
-TRACKER_DRAIN_S = 15.0
-CLOSE_S = 30.0
-"""How long a run that failed or was stopped waits for a cluster that may be gone."""
-TRACKED: Mapping[str, Status] = {
-    **dict.fromkeys(("finished", "ran", "reused"), "FINISHED"),
-    "stopped": "KILLED",
-    "failed": "FAILED",
-}
-"""MLflow's words for how a run or a stage ended."""
 
 
-class Run:
-    """An open run; made by `open_run` alone."""
+class Recorder:
+    """Tells the record and all sinks what happens in a run. Sinks may be added while it goes on."""
 
-    def __init__(self, plan: Plan, display: Display) -> None:
-        self.plan, self.job, self.display = plan, plan.job, display
-        self.store = open_store(plan.storage)
-        self.store.check_writable()
-        self.directory = claim_directory(self.store, plan.job)
-        self.folder: Path
-        """The run directory, or where this process works on what of it is appended to."""
-        self.still_ours: StillOurs
-        self.started = time.time()
-        self.first_started = self.started
-        """The Unix time at which the first attempt began."""
-        self.seconds_before = 0.0
-        """The seconds that earlier attempts took."""
-        self.stages: dict[str, StageRecord] = {}
-        self._going: dict[str, StageRecord] = {}
-        """Stages that have not ended."""
-        self.attempt = 1
-        self.status: RunStatus = "running"
-        self.faults: list[Fault] = []
-        """Of this attempt and of those before it that did not finish."""
-        self._mutex, self._collecting = threading.Lock(), threading.Lock()
-        self.board: Any = None
-        self.exporter: Any = None
-        self.spool: Spool
-        self.tracker: Tracker
+    def __init__(self, record: RunRecord, display: Display, tracker: Tracker, sinks: list[Sink]) -> None:
+        self.record, self.display, self.tracker, self.sinks = record, display, tracker, sinks
 
     @contextmanager
     def stage(self, name: str, key: str, dataset: Mapping[str, str] | None = None) -> Generator[StageRecord]:
@@ -80,15 +40,10 @@ class Run:
 
         `dataset` (name, digest, source) is what the stage reads, for the lineage.
         """
-        record = StageRecord(name, key, started_s=time.time() - self.started)
-        with self._mutex:
-            self.stages[name] = self._going[name] = record
-        self.tracker.stage_started(stage_id(name, key), {"fingerprint": key}, dataset)
-        if dataset is not None:
-            self.tracker.dataset(dataset)
-        self.display.stage_started(name)
+        record = self.record.begin(name, key)
         log.debug("%s begins, key %s", name, key)
-        self.exporter.start(name)
+        for sink in self.sinks:
+            sink.started(record, dataset)
         try:
             yield record
         except BaseException as error:
@@ -98,73 +53,98 @@ class Run:
             self._end_stage(record, "ran")
 
     def _end_stage(self, record: StageRecord, status: Literal["ran", "stopped", "failed"]) -> None:
-        with self._mutex:
-            if self._going.pop(record.stage, None) is None:
-                return  # the run ended before it did
-            record.end(status, time.time() - self.started - record.started_s)
-        self.exporter.finish(record.stage)
-        self.display.stage_finished(record.stage, record.status, record.seconds, record.figures)
+        if not self.record.end(record, status):
+            return
         log.debug("%s %s after %.1f s: %s", record.stage, record.status, record.seconds, record.figures)
-        self.tracker.stage_finished(stage_id(record.stage, record.key), TRACKED[record.status], record.figures)
-        self.save()
+        for sink in self.sinks:
+            sink.finished(record)
+        self.record.save()
 
     def end(self, error: BaseException) -> None:
-        """Say at once, before anything is closed, that `error` ended the run, and that with it the stages stopped."""
-        if self.status != "running":
+        """Record at once, before anything is closed, that `error` ended the run, and that with it the stages stopped."""
+        if self.record.status != "running":
             return
-        self.status = ended_by(error)
-        for record in list(self._going.values()):
+        self.record.status = ended_by(error)
+        for record in self.record.going():
             self._end_stage(record, "stopped")
-        self.tracker.end(TRACKED[self.status])
+        self.tracker.end(TRACKED[self.record.status])
+
+    def points(self, points: list[Point]) -> None:
+        """Keep metrics of stages."""
+        for sink in self.sinks:
+            sink.points(points)
+
+    def warn(self, text: str) -> None:
+        """Say what went wrong and was got over, and keep it for the report."""
+        self.display.warn(text)
+        self.record.note(text)
+
+
+class Run:
+    """An open run; made by `open_run` alone."""
+
+    def __init__(self, plan: Plan, place: Place, recorder: Recorder, spool: Spool, board: Any) -> None:
+        self.plan, self.job = plan, plan.job
+        self.store, self.directory, self.folder = place.store, place.directory, place.folder
+        self.still_ours = place.still_ours
+        self.display, self.tracker, self.board = recorder.display, recorder.tracker, board
+        self._recorder, self._record, self._spool = recorder, recorder.record, spool
+        self.stage, self.warn, self.end = recorder.stage, recorder.warn, recorder.end
+        self._collecting = threading.Lock()
+
+    @property
+    def started(self) -> float:
+        """The Unix time at which this attempt began."""
+        return self._record.started
+
+    @property
+    def attempt(self) -> int:
+        return self._record.attempt
+
+    @property
+    def stages(self) -> dict[str, StageRecord]:
+        """The stages of this attempt, by name."""
+        return self._record.stages
+
+    @property
+    def faults(self) -> list[Fault]:
+        return self._record.faults
 
     def conclude(self, report: Mapping[str, Any], verdict: str) -> None:
         """Tell MLflow the figures of the finished run, and in words what came of it."""
         self.tracker.summary(final_figures(report))
         self.tracker.tags({NOTE: f"{description(self.job)}\n\n{verdict}"})
 
-    def warn(self, text: str) -> None:
-        """Say what went wrong and was got over, and keep it for the report."""
-        self.display.warn(text)
-        self.note(text)
-
-    def note(self, text: str) -> None:
-        """Keep a fault."""
-        with self._mutex:
-            self.faults.append(Fault(self.attempt, time.time() - self.started, one_line(text)))
-        self.save()
-
     def points(self) -> list[dict[str, Any]]:
         """The metric points of this run's stages, times counted from its start."""
         current = {stage_id(r.stage, r.key): r.stage for r in self.stages.values()}
         return [
             {"stage": current[p.stage], "step": p.step, "time_s": p.time_s - self.started, "metrics": p.metrics}
-            for p in self.spool.read()
+            for p in self._spool.read()
             if p.stage in current
         ]
 
     def record(self, stage: str, key: str, step: int, metrics: Mapping[str, float]) -> None:
         """Keep metrics that the driver itself measured."""
-        self._keep([{"stage": stage_id(stage, key), "step": step, "time_s": time.time(), "metrics": dict(metrics)}])
+        self._recorder.points([{"stage": stage_id(stage, key), "step": step, "time_s": time.time(), "metrics": dict(metrics)}])
 
     def shown_job(self) -> str:
         """The resolved job as YAML, without a password that its tracking address may hold."""
         return resolved_yaml(without_password(self.job))
 
     def collect(self) -> None:
-        """Take what the workers have put on the board, keep it, and tell the dashboards how things stand."""
+        """Take what the workers have put on the board, and keep it."""
         import ray
 
-        from orchestrator.runtime.board import STUDENT_SHARDS
-
         with self._collecting:  # points of one call are kept before those of the next
-            points, warnings = ray.get([self.board.take.remote(), self.board.take_warnings.remote()], timeout=ANSWER_S)
-            self._keep(points)
+            board = self.board
+            taken = [f.remote() for f in (board.take, board.take_warnings, board.take_lines, board.progress)]
+            points, warnings, lines, progress = ray.get(taken, timeout=ANSWER_S)
+            self._recorder.points([*points, *_standing(progress)])
         for text in warnings:
             self.warn(text)
-        started = self.progress().get(f"student.{STUDENT_SHARDS}")
-        if started is not None:
-            self.exporter.take("student", {SHARDS_STARTED: started})
-        self.exporter.refresh()
+        for text in lines:
+            self.display.say(text)
 
     def progress(self) -> dict[str, float]:
         """Return the progress that the workers have reported."""
@@ -172,147 +152,22 @@ class Run:
 
         return ray.get(self.board.progress.remote(), timeout=ANSWER_S)
 
-    def _keep(self, points: list[dict[str, Any]]) -> None:
-        for point in points:
-            stage = point["stage"].partition(":")[0]
-            self.exporter.take(stage, point["metrics"])
-            logged = {name: value for name, value in point["metrics"].items() if metric_of(name)[0].logged}
-            if logged:
-                with storage_faults(self.spool.path):
-                    self.spool.append(point["stage"], point["step"], logged, point["time_s"])
-                self.display.point(stage, point["step"], logged)
-        if points:
-            self.tracker.notify()
+    def abort(self, reason: str) -> None:
+        """Abort the run: waiting workers stop, and training workers save a checkpoint and stop."""
+        self.board.abort.remote(reason)
 
-    def save(self) -> None:
-        """Write run.json."""
-        with self._mutex:
-            now = time.time()
-            document = self.directory.model_dump() | {
-                "run": self.directory.run,
-                "status": self.status,
-                "started_s": self.first_started,
-                "ended_s": None if self.status == "running" else now,
-                "seconds": self.seconds_before + now - self.started,
-                "attempt": self.attempt,
-                "stages": {name: asdict(record) for name, record in self.stages.items()},
-                "faults": [asdict(fault) for fault in self.faults],
-            }
-            self.store.replace(f"{self.directory.key}/{RUN}", json.dumps(document, indent=1).encode())
+    def aborted(self) -> str | None:
+        """Return the reason for which the run was aborted, None while it goes on."""
+        import ray
+
+        return ray.get(self.board.aborted.remote(), timeout=ANSWER_S)
 
 
-@contextmanager
-def open_run(plan: Plan, display: Display) -> Iterator[Run]:
-    """A run directory that is ours alone, on a Ray that is up.
+def _standing(progress: Mapping[str, float]) -> list[Point]:
+    """The progress that dashboards show, as points that no log keeps."""
+    from orchestrator.runtime.board import STUDENT_SHARDS
 
-    Raises `EnvironmentFault` for a storage that cannot be written and `LockedError` if the run is going on elsewhere.
-    """
-    run = Run(plan, display)
-    key = run.directory.key
-    with ExitStack() as stack:
-        stack.enter_context(signals_heeded())
-        run.still_ours = stack.enter_context(run.store.exclusive(f"{key}/lock"))
-        stack.enter_context(_attempt(run))
-        run.folder = stack.enter_context(run.store.workspace(key, (METRICS, OUTBOX), run.still_ours))
-        run.store.replace(f"{key}/job.yaml", run.shown_job().encode(), private=True)
-        shown = as_dict(replace(plan, job=without_password(plan.job))) | {"run_directory": run.store.address(key)}
-        run.store.replace(f"{key}/plan.json", json.dumps(shown, indent=1).encode(), private=True)
-        run.spool = Spool(run.folder / METRICS)
-        run.tracker, address = start_tracker(run, run.folder / OUTBOX)
-        where = f"run {run.store.address(key)}  tracking: {address}"
-        stack.enter_context(display.open(where, plan))
-        stack.enter_context(_tracked_to_the_end(run))
-        if plan.job.tracking.enabled:
-            stack.enter_context(system_metrics(run.spool, PARENT, run.first_started))
-        display.say("starting Ray" if plan.job.cluster.address == "local" else f"joining Ray at {plan.job.cluster.address}")
-        stack.enter_context(ray_session(plan.job.cluster, plan.cpu_slots))
-        from orchestrator.monitoring.exporter import Exporter
-        from orchestrator.runtime.board import start_board
-
-        run.board, run.exporter = start_board(), Exporter(run.directory.run)
-        stack.enter_context(_monitor(run))
-        stack.enter_context(_told_at_once(run))
-        yield run
-
-
-@contextmanager
-def _attempt(run: Run) -> Iterator[None]:
-    """Go on with the faults of an attempt that did not finish, and say at the end how this one did."""
-    before: dict[str, Any] = run.store.read_json(f"{run.directory.key}/{RUN}") or {}
-    run.first_started = before.get("started_s", run.started)
-    run.seconds_before = before.get("seconds", 0.0)
-    if before.get("status") in ("running", "stopped", "failed"):
-        run.attempt = before["attempt"] + 1
-        run.faults = [Fault(**fault) for fault in before["faults"]]
-        if before["status"] == "running":
-            run.note(f"attempt {before['attempt']} was killed, or its machine was lost; going on from what was committed")
-    run.save()
-    try:
-        yield
-        run.status = "finished"
-    except BaseException as error:
-        if run.status != "finished":  # a stop while MLflow takes the rest stops nothing else
-            run.status = ended_by(error)
-        stopped = "stopped by SIGTERM" if isinstance(error, Terminated) else "stopped by Ctrl-C"
-        unforeseen = stopped if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}".rstrip(": ")
-        reason = str(find_user_error(error) or unforeseen)
-        run.note(one_line(f"attempt {run.attempt} ended: {reason}"))
-        raise
-    finally:
-        run.save()
-
-
-@contextmanager
-def _tracked_to_the_end(run: Run) -> Iterator[None]:
-    """Tell MLflow how the run ended, and give it `TRACKER_DRAIN_S` to take everything."""
-    try:
-        with _told_at_once(run):
-            yield
-        run.status = "finished"
-    finally:
-        run.tracker.close(TRACKED[run.status], TRACKER_DRAIN_S)
-
-
-@contextmanager
-def _told_at_once(run: Run) -> Iterator[None]:
-    """Tell MLflow of a failure or a stop before Ray is shut down: whoever stops a run may kill it seconds later."""
-    try:
-        yield
-    except BaseException as error:
-        with suppress(EnvironmentFault):  # of a storage that fails now, too; what ended the run is to be known
-            run.end(error)
-        raise
-
-
-@contextmanager
-def _monitor(run: Run) -> Iterator[None]:
-    """Collect from the board in the background, and once more at the end."""
-    stop = threading.Event()
-    failures: list[Exception] = []
-
-    def watch() -> None:
-        try:
-            while not stop.wait(MONITOR_EVERY_S):
-                run.still_ours()
-                run.collect()
-        except Exception as error:
-            failures.append(error)
-            run.board.abort.remote(str(error))
-
-    thread = threading.Thread(target=watch, name="monitor", daemon=True)
-    thread.start()
-    try:
-        yield
-    except BaseException as error:
-        stop.set()
-        thread.join(CLOSE_S)
-        if failures and ended_by(error) == "failed":
-            raise failures[0] from error
-        with suppress(Exception):  # what ended the run is to be known, not what followed from it
-            run.collect()
-        raise
-    stop.set()
-    thread.join()
-    if failures:
-        raise failures[0]
-    run.collect()
+    started = progress.get(f"student.{STUDENT_SHARDS}")
+    if started is None:
+        return []
+    return [{"stage": "student", "step": 0, "time_s": time.time(), "metrics": {SHARDS_STARTED: started}}]

@@ -3,49 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.errors import SpecError
 from orchestrator.plan.length import shown_length
+from orchestrator.run.place import Place
 from orchestrator.runtime.environment import job_tags, tracking_uri, user_name
 from orchestrator.runtime.versions import git_commit
 from orchestrator.spec.base import flat
 from orchestrator.spec.job import Job
+from orchestrator.spec.load import resolved_yaml
 from orchestrator.spec.model import CheckpointStudent, ConfigStudent, GgufTeacher, PretrainTeacher, TransformersTeacher
 from orchestrator.store.files import Store
 from orchestrator.store.local import LocalStore
 from orchestrator.tracking.figures import recovered
 from orchestrator.tracking.mlflow_tracker import Tracker, redact, run_url, sqlite_uri
 
-if TYPE_CHECKING:
-    from orchestrator.run.recorder import Run
-
 NOTE = "mlflow.note.content"
 _FIGURES = ("teacher", "student", "baseline", "labels", "throughput")
 
 
-def start_tracker(run: Run, state: Path) -> tuple[Tracker, str]:
-    """The started tracker of `run`, whose state is kept in the file `state`, and where a person looks at it."""
-    tracking = run.job.tracking
-    uri = tracking.uri or tracking_uri() or (_own_database(run.store) if tracking.enabled else "")
-    own = uri.startswith("sqlite:") and isinstance(run.store, LocalStore)
+def start_tracker(job: Job, place: Place, spool: Path, state: Path, warn: Callable[[str], None]) -> tuple[Tracker, str]:
+    """The started tracker of a run, and where a person looks at it; it follows the metric log `spool`, and keeps its own
+    state in the file `state`."""
+    tracking, store = job.tracking, place.store
+    uri = tracking.uri or tracking_uri() or (_own_database(store) if tracking.enabled else "")
+    own = uri.startswith("sqlite:") and isinstance(store, LocalStore)
     tracker = Tracker(
         uri=uri,
         experiment=tracking.experiment,
-        run_name=run.directory.run,
-        spool_path=run.spool.path,
+        run_name=place.directory.run,
+        spool_path=spool,
         state_path=state,
-        tags=_tags(run),
-        artifact_location=Path(run.store.address("mlartifacts")).as_uri() if own else None,
-        warn=run.warn,
+        tags=_tags(job, place),
+        artifact_location=Path(store.address("mlartifacts")).as_uri() if own else None,
+        warn=warn,
         enabled=tracking.enabled,
     )
     tracker.start()
-    tracker.params(job_params(run.job))
-    tracker.text("job.yaml", run.shown_job())
+    tracker.params(job_params(job))
+    tracker.text("job.yaml", resolved_yaml(without_password(job)))
     return tracker, run_url(uri) if tracking.enabled else "off"
 
 
@@ -78,17 +78,17 @@ def without_password(job: Job) -> Job:
     return job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": redact(uri)})}) if uri else job
 
 
-def _tags(run: Run) -> dict[str, str]:
+def _tags(job: Job, place: Place) -> dict[str, str]:
     """Tags of the parent run, those in the list that MLflow's own clients set among them."""
     submission = job_tags()
     tags = {
-        "run_directory": run.store.address(run.directory.key),
-        "identity": run.directory.identity,
+        "run_directory": place.store.address(place.directory.key),
+        "identity": place.directory.identity,
         "mlflow.source.name": "distill run",
         "mlflow.source.type": "JOB" if submission else "LOCAL",
         "mlflow.source.git.commit": git_commit(),
         "mlflow.user": user_name(),
-        NOTE: description(run.job),
+        NOTE: description(job),
     }
     return {name: value for name, value in tags.items() if value} | submission
 

@@ -85,7 +85,12 @@ class Data(Spec):
     tokenizer: Tokenizer = TrainTokenizer()
     seq_len: int = Field(default=256, ge=8, le=1_048_576)
     """Positions with a target in one training window; a row holds seq_len + 1 ids."""
-    rows_per_shard: int = Field(default=64, ge=1, le=1_000_000)
+    rows_per_shard: int | None = Field(default=None, ge=1, le=1_000_000)
+    """At most so many rows are written, labelled and committed together. Without a number, 64 for a small corpus and more for a
+    large one, up to about 20 million tokens. The labels of so many rows pass through a teacher's memory at once: give a number
+    where a large corpus gets labels of kind dense or hidden."""
+    rows_per_group: int = Field(default=16, ge=1, le=4096)
+    """Rows of a row group: a part of a shard that is packed, hashed, fetched and decoded by itself."""
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the documents kept out of training for evaluation."""
     undecodable: Literal["error", "replace", "skip"] = "error"

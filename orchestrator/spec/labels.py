@@ -36,8 +36,9 @@ def feature_name(part: Part, layer: int) -> str:
 class Vectors(Spec):
     """How vectors per position are stored."""
 
-    codec: Literal["fp16", "int8", "pca"] = "fp16"
-    """int8 keeps one fp32 scale per position; pca keeps fp16 coordinates in a basis that is fitted on the first shard."""
+    codec: Literal["fp16", "fp32", "int8", "pca"] = "fp16"
+    """fp32 is exact; int8 keeps one fp32 scale per position; pca keeps fp16 coordinates in a basis that is fitted on the first
+    shard."""
     rank: int | None = Field(default=None, ge=1)
     """Directions of the basis; for pca alone."""
 

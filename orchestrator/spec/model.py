@@ -1,4 +1,4 @@
-"""Who teaches and who learns."""
+"""The sections `teacher` and `student` of a job."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ class VllmServer(Spec):
     """A server of vLLM that serves the teacher for `data.seq_len` + 2 tokens; its key is taken from VLLM_API_KEY."""
 
     url: Annotated[str, NO_RESULT] = Field(pattern=r"^https?://[^/@]+/?$")
-    """As in http://host:8000."""
+    """The server's address, as in http://host:8000."""
     model: str | None = None
-    """Name it is served under; null: that of the server's first model."""
+    """Name under which it is served; null: the server's first model, whose name is looked up when a run starts."""
 
 
 class TransformersTeacher(TeacherBase):
@@ -94,8 +94,8 @@ class TransformersTeacher(TeacherBase):
     path: str
     revision: str | None = None
     vllm: VllmServer | None = None
-    """Serves the same model and labels in its stead; tokenizer, identity and evaluation are those of `path`, and `shards` and
-    `gpus_per_shard` then hold for the evaluation alone."""
+    """Serves the same model and answers in its stead; tokenizer and identity are those of `path`, and `shards` and
+    `gpus_per_shard` are then without effect."""
 
 
 class GgufTeacher(TeacherBase):

@@ -53,6 +53,13 @@ class Expert(Spec):
 Parallel = Annotated[Zero | Pipeline | Expert, Field(discriminator="kind")]
 
 
+class Skip(Spec):
+    """Go on without steps whose loss or gradient is not finite."""
+
+    skip: int = Field(ge=1)
+    """Steps that may be left out, at most, over the whole training."""
+
+
 DEFAULT_STEPS = 100
 
 
@@ -93,15 +100,19 @@ class Train(Spec):
     cpus_per_worker: Annotated[float, NO_RESULT] = Field(default=1, gt=0)
     gpus_per_worker: Annotated[float, NO_RESULT] = Field(default=0, ge=0)
     checkpoint_every: Annotated[int, NO_RESULT] = Field(default=50, ge=1)
-    """Steps between checkpoints; what a killed run repeats at most."""
+    """Steps between checkpoints. A killed run repeats at most these, and those made while the last one was being written."""
     keep: Literal["last", "best"] = "last"
     """Which weights training ends with; best: those of the evaluation (`evaluate.every`) with the least held-out cross
     entropy."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations in a row without a better one; null: never. The learning rate is scheduled, and labels are
     made, for all steps nevertheless."""
+    on_nonfinite: Annotated[Literal["stop"] | Skip, NO_RESULT] = "stop"
+    """Handling of a step whose loss or gradient is not finite, as in `{skip: 3}`. Such a step changes neither weights nor
+    optimizer; the report names its rows. stop: the run ends there, and can go on once this says skip."""
     max_restarts: Annotated[int, NO_RESULT] = Field(default=3, ge=0)
-    """Worker deaths that are made good before the run stops (and can be resumed)."""
+    """Restarts after the death of a worker, an accelerator fault or the loss of a node before the run stops (and can be
+    resumed). Every new checkpoint renews them."""
     placement_timeout_s: Annotated[float, NO_RESULT] = Field(default=600, gt=0)
     """How long the workers may wait for room on the cluster before the run gives up; in steps of a minute, Ray Train's."""
 

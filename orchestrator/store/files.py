@@ -1,143 +1,29 @@
-"""The storage as the rest of the program knows it: files and folders that are whole or not there.
+"""The storage as the rest of the program knows it, and the one place that knows which storage an address means.
 
-`Store` is the interface, `open_store` the one place that knows which storage an address means: a directory that all nodes
-share (`store/local.py`) or an S3 bucket (`store/s3.py`). Its three writes are `put_if_absent` (first writer wins; the
-building block of every commit), `replace` (the newest whole version wins) and `publish` (a finished folder).
+`Store` is the interface; an address is a directory that all nodes share (`store/local.py`) or an S3 bucket (`store/s3.py`).
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
 
-from orchestrator.errors import EnvironmentFault, SpecError
+from orchestrator.errors import SpecError
+from orchestrator.store.file_record import sha256_of
+from orchestrator.store.interface import UNFINISHED, HeldElsewhere, Lock, Part, StillOurs, Store, storage_faults, unguarded
 
-if TYPE_CHECKING:
-    from orchestrator.store.records import FileRecord
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-StillOurs = Callable[[], None]
-"""Raises `LockedError` if a lock that was taken has been lost since."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one process adds to a folder that is being built."""
-
-    folder: Path
-    """Where it writes."""
-    files: dict[str, FileRecord] = field(default_factory=dict[str, "FileRecord"])
-    """By relative name, once it has written them all."""
-
-
-class Store(ABC):
-    """Files and folders addressed by keys with `/`; picklable and cheap to make, so that remote workers can carry it.
-
-    Every method raises `EnvironmentFault`, naming the address, for a storage that is full, gone or forbidden.
-    """
-
-    @abstractmethod
-    def address(self, key: str = "") -> str:
-        """Where `key` lies, as a person would write it; what `local_folder` takes."""
-
-    @abstractmethod
-    def exists(self, key: str) -> bool:
-        """Whether there is a file or a finished folder `key`."""
-
-    @abstractmethod
-    def read(self, key: str) -> bytes:
-        """The whole content; raises `FileNotFoundError` for a key that is not there."""
-
-    @abstractmethod
-    def open(self, key: str) -> BinaryIO:
-        """The file for reading, of which only what is read need travel; raises `FileNotFoundError`."""
-
-    def read_json(self, key: str) -> Any | None:
-        """The parsed content, or None for a key that is not there."""
-        try:
-            return json.loads(self.read(key))
-        except FileNotFoundError:
-            return None
-
-    @abstractmethod
-    def keys(self, folder: str) -> list[str]:
-        """Names of the complete files and finished folders in `folder`, sorted."""
-
-    @abstractmethod
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write `data` under `key` unless it is taken; True if `data` is what stands there afterwards. Atomic and durable."""
-
-    @abstractmethod
-    def replace(self, key: str, data: bytes, private: bool = False) -> None:
-        """Write `data` under `key`, whatever stood there. Atomic and durable.
-
-        `private` is for its owner's eyes only, where the storage knows of owners.
-        """
-
-    @abstractmethod
-    def remove(self, key: str) -> None:
-        """Remove the file or folder `key` and what is in it, if there is any."""
-
-    @abstractmethod
-    def contents(self, key: str) -> dict[str, FileRecord] | None:
-        """The files of the finished folder `key` as they are now; None if there is none or if it is visibly damaged."""
-
-    @abstractmethod
-    def local(self, key: str) -> Path:
-        """The finished folder `key` as a folder on this node, only to be read.
-
-        Raises `FileNotFoundError` if there is none, and `IntegrityError` if what arrives here is not what was stored.
-        """
-
-    @abstractmethod
-    def forget(self, key: str) -> None:
-        """Free what `local(key)` takes on this node beside the storage; nobody may be reading it."""
-
-    @abstractmethod
-    def part_of(self, key: str) -> AbstractContextManager[Part]:
-        """A new folder to write a part of the folder `key` in; stored, but not visible, when the block ends."""
-
-    @abstractmethod
-    def publish(self, key: str, parts: Sequence[Part]) -> None:
-        """Make the folder `key` of its stored `parts`, in place of what may stand there; called by one process."""
-
-    @abstractmethod
-    def sweep(self, folder: str) -> None:
-        """Remove from `folder` the parts of folders that were never published; nobody may be building there."""
-
-    @contextmanager
-    def folder_for(self, key: str) -> Generator[Path]:
-        """A new folder to build `key` in; published when the block ends without an error."""
-        with self.part_of(key) as part:
-            yield part.folder
-        self.publish(key, [part])
-
-    @abstractmethod
-    def exclusive(self, key: str) -> AbstractContextManager[StillOurs]:
-        """Hold the lock `key`; raises `LockedError`, naming the holder, if another process has it."""
-
-    @abstractmethod
-    def held(self, key: str) -> bool:
-        """Whether a process holds the lock `key`; asking keeps nobody from taking it."""
-
-    @abstractmethod
-    def workspace(self, key: str, names: Sequence[str], still_ours: StillOurs) -> AbstractContextManager[Path]:
-        """The folder `key` for one process to work in with plain files, among them those called `names` that are there.
-
-        Where that is not the storage itself, what is written goes there every few seconds while `still_ours`, and at the end.
-        """
-
-    @abstractmethod
-    def check_writable(self) -> None:
-        """Raise `EnvironmentFault` now if the storage cannot be written."""
+__all__ = [
+    "UNFINISHED",
+    "HeldElsewhere",
+    "Lock",
+    "Part",
+    "StillOurs",
+    "Store",
+    "local_folder",
+    "open_store",
+    "sha256_of",
+    "storage_faults",
+    "unguarded",
+]
 
 
 def open_store(root: str | Path) -> Store:
@@ -157,20 +43,3 @@ def open_store(root: str | Path) -> Store:
 def local_folder(address: str) -> Path:
     """The finished folder at `address`, in the storage or a user's own, as a folder on this node; raises as `Store.local`."""
     return open_store(address).local("")
-
-
-@contextmanager
-def storage_faults(path: Path) -> Generator[None]:
-    """Turn an operating system error on `path` into an `EnvironmentFault` that names it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise EnvironmentFault(f"disk full at {path}: free some space and run the same job again") from error
-        raise EnvironmentFault(f"storage {path}: {error.strerror or error}") from error
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

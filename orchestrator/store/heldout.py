@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from orchestrator.spec.labels import TopkLabels
+from orchestrator.spec.labels import HiddenLabels, TopkLabels
 from orchestrator.store.files import Store
+from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import TokenManifest
-from orchestrator.store.shards import TokenShard, read_tokens
+from orchestrator.store.shards import TokenShard, joined, read_rows
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,39 @@ class HeldoutLog:
     key: str
     labels: TopkLabels
     rows: int
+
+
+ANSWERS = "heldout"
+"""Folder of the storage that holds the logs of answers on measured rows."""
+ANSWER_TOKENS = 1 << 15
+"""Tokens of one shard of such a log: of the widest teachers a shard of hidden states has about 1 GB."""
+SPEED, CONTINUATIONS, DRAFTS = "speed", "continuations", "drafts"
+"""Names under which such a log keeps, beside its shards, how fast the teacher answers, how it continues prompts, and how far
+its multi-token-prediction modules hold."""
+
+
+@dataclass(frozen=True)
+class AnswerLog:
+    """The label log of what the teacher says on the held-out rows that models are measured on, those of `measured_rows`.
+
+    A shard of it is about so many of these rows, in their order, that they have about `ANSWER_TOKENS` tokens.
+    """
+
+    key: str
+    labels: HiddenLabels | TopkLabels
+    rows: int
+    watched: int
+    """Rows that training is evaluated on."""
+
+    def open(self, store: Store) -> LabelLog:
+        """The log itself."""
+        return LabelLog(store, self.key, ANSWERS)
+
+    def shards(self, manifest: TokenManifest) -> list[range]:
+        """The rows of each shard of the log."""
+        there = sum(map(len, choose_measured(manifest.heldout_rows, self.rows, self.watched).values()))
+        each = max(1, ANSWER_TOKENS // manifest.seq_len)
+        return [range(start, min(start + each, there)) for start in range(0, there, each)]
 
 
 Choice = dict[int, range]
@@ -74,15 +106,6 @@ def watched_rows(store: Store, folder: str, manifest: TokenManifest, rows: int) 
 
 
 def _read(store: Store, folder: str, manifest: TokenManifest, choice: Choice) -> TokenShard:
-    parts = [
-        read_tokens(store, f"{folder}/heldout", manifest.heldout[shard]).rows(slice(rows.start, rows.stop))
-        for shard, rows in choice.items()
-    ]
-    masks = [part.loss_mask for part in parts if part.loss_mask is not None]
-    documents = [document for part in parts for document in part.documents or ()]
-    return TokenShard(
-        [row for part in parts for row in part.row_ids],
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate(masks) if masks else None,
-        documents or None,
-    )
+    records = manifest.heldout.records(store, choice)
+    parts = zip(records, choice.values(), strict=True)
+    return joined([read_rows(store, f"{folder}/heldout", record, rows, manifest.group_rows) for record, rows in parts])

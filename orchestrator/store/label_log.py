@@ -3,10 +3,11 @@
     labels/<key>/key.json               everything the key was made of
                  data/<shard>-<hash>.parquet
                  commits/<shard>.json   put-if-absent: the one commit point of a shard, the first writer wins
+                 sealed/<page>.json     shards that were compared with their tokens, see `store/seals.py`
                  seals/<demand>.json    totals over a demanded set of shards, once all are committed
 
 Writers never wait for each other and followers never list: a shard is there when its commit record is. Row i of label
-shard s belongs to row i of token shard s; `ids_sha256` proves it on every read.
+shard s belongs to row i of token shard s, and so do their row groups; `ids_sha256` proves it on every read.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -17,21 +18,24 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from orchestrator.errors import DataError, IntegrityError, ResumableError
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.store.files import Store
-from orchestrator.store.records import Record, ShardRecord, TokenManifest
-from orchestrator.store.shards import ROW_ID_BYTES, TokenShard, binary_column, get_row_ids, get_shard, put_shard
+from orchestrator.store.record import Record
+from orchestrator.store.records import TokenManifest
+from orchestrator.store.row_groups import ShardFile, binary_column, put_shard
+from orchestrator.store.seals import Committed, Ledger, Seal, Seals
+from orchestrator.store.shard_pages import ShardRecord
+from orchestrator.store.shards import ROW_ID_BYTES, TokenShard
 
-LABEL_SCHEMA_VERSION = 2
+LABEL_SCHEMA_VERSION = 3
 _IDENTITY = ("row_id", "ids_sha256")
 
 POLL_S = (0.02, 1.0)
@@ -39,48 +43,27 @@ POLL_S = (0.02, 1.0)
 PATIENCE = 0.25
 """Pauses are this share of the time waited so far, so that a wait lasts at most that much too long."""
 CHECK_ABORT_S = 1.0
-READERS = 8
-"""Threads that count rows: storage that is far away answers slowly, but many at once."""
-SHARDS_A_READER = 256
-"""Shards whose row ids one of them reads in one go."""
 
 
-class Seal(Record):
-    """Totals of a complete demand on the log."""
+class Kept(Record):
+    """A file that is kept beside the shards."""
 
-    key: str
-    shards: int
-    rows: int
-    bytes: int
-    content: str
-    """Hex identity over the hashes of all shards."""
-
-
-class Ledger(Record):
-    """What was asked for against what is there; every figure counts rows."""
-
-    planned: int
-    committed: int
-    quarantined: int
-    duplicates: int
-
-    @property
-    def balanced(self) -> bool:
-        return self.planned == self.committed + self.quarantined and self.duplicates == 0
+    file: str
+    sha256: str
 
 
 class LabelLog:
     """One teacher's labels of one token manifest, under one labelling."""
 
-    def __init__(self, store: Store, key: str) -> None:
+    def __init__(self, store: Store, key: str, root: str = "labels") -> None:
         self.store = store
         self.key = key
-        self.folder = f"labels/{key}"
+        self.folder = f"{root}/{key}"
 
     @classmethod
-    def open(cls, store: Store, identity: dict[str, Any]) -> LabelLog:
-        """The log whose key is the hash of `identity`, created if it is new."""
-        log = cls(store, fingerprint("labels", LABEL_SCHEMA_VERSION, identity))
+    def open(cls, store: Store, identity: dict[str, Any], root: str = "labels") -> LabelLog:
+        """The log in the folder `root` whose key is the hash of `identity`, created if it is new."""
+        log = cls(store, fingerprint("labels", LABEL_SCHEMA_VERSION, identity), root)
         if not store.exists(f"{log.folder}/key.json"):
             document = {"schema_version": LABEL_SCHEMA_VERSION, **identity}
             store.put_if_absent(f"{log.folder}/key.json", _pretty(document))
@@ -96,23 +79,22 @@ class LabelLog:
             raise IntegrityError(f"{self.store.address(self.folder)}: not a label log of schema version {LABEL_SCHEMA_VERSION}")
         return document
 
-    def commit(self, shard: int, tokens: TokenShard, labels: dict[str, list[bytes]]) -> ShardRecord:
-        """Commit the labels of token shard `shard`: one bytes value per row and column.
+    def commit(self, shard: int, tokens: TokenShard, groups: Sequence[Mapping[str, Sequence[bytes]]]) -> ShardRecord:
+        """Commit the labels of token shard `shard`: for each of its row groups one bytes value per row and column.
 
         Returns the record that stands afterwards, this writer's or that of an earlier one.
         Raises `DataError` if a column does not have one value per row.
         """
-        for column, values in labels.items():
-            if len(values) != len(tokens.row_ids):
-                raise DataError(f"labels of shard {shard}: {len(values)} rows of {column} for {len(tokens.row_ids)} rows")
-        identity = pa.binary(ROW_ID_BYTES)
-        columns: dict[str, pa.Array[Any]] = {
-            "row_id": pa.array(tokens.row_ids, identity),
-            "ids_sha256": pa.array(tokens.ids_sha256(), identity),
-            **{name: pa.array(values, pa.binary()) for name, values in labels.items()},
-        }
-        table = pa.table(columns).replace_schema_metadata({"schema_version": str(LABEL_SCHEMA_VERSION)})
-        record = put_shard(self.store, f"{self.folder}/data", shard, table)
+        for column in groups[0]:
+            given = sum(len(group[column]) for group in groups)
+            if given != len(tokens.row_ids):
+                raise DataError(f"labels of shard {shard}: {given} rows of {column} for {len(tokens.row_ids)} rows")
+        identity, tables, start = tokens.ids_sha256(), list[pa.Table](), 0
+        for group in groups:
+            rows = slice(start, start + len(next(iter(group.values()))))
+            tables.append(_table(tokens.row_ids[rows], identity[rows], group))
+            start = rows.stop
+        record = put_shard(self.store, f"{self.folder}/data", shard, tables)
         if self.store.put_if_absent(self.commit_key(shard), record.model_dump_json().encode()):
             return record
         standing = self.committed(shard)
@@ -124,12 +106,12 @@ class LabelLog:
         digest = hashlib.sha256(data).hexdigest()
         file = f"{name}-{digest[:32]}"
         self.store.put_if_absent(f"{self.folder}/{file}", data)
-        record = ShardRecord(file=file, sha256=digest, rows=0, bytes=len(data))
+        record = Kept(file=file, sha256=digest)
         self.store.put_if_absent(f"{self.folder}/{name}.json", record.model_dump_json().encode())
 
     def kept(self, name: str) -> bytes | None:
         """What was kept under `name`, None if nothing was; raises `IntegrityError` if it has changed since."""
-        record = ShardRecord.load(self.store, f"{self.folder}/{name}.json")
+        record = Kept.load(self.store, f"{self.folder}/{name}.json")
         if record is None:
             return None
         try:
@@ -170,18 +152,43 @@ class LabelLog:
         present = set(self.shards())
         return [s for s in shards if s not in present]
 
-    def read(self, shard: int, record: ShardRecord, tokens: TokenShard) -> dict[str, list[bytes]]:
-        """The label columns of a committed shard; raises `IntegrityError` if they are damaged or of other tokens."""
-        where = f"label shard {shard}"
+    def read(self, shard: int, record: ShardRecord, tokens: TokenShard) -> list[dict[str, list[bytes]]]:
+        """The label columns of each row group of a committed shard.
+
+        Raises `IntegrityError` if they are damaged or of other tokens.
+        """
         with self._repairable():
-            table = get_shard(self.store, f"{self.folder}/data", record, where)
+            tables = self.file(shard, record).groups()
+        starts = accumulate((table.num_rows for table in tables), initial=0)
+        parts = [tokens.rows(slice(start, start + table.num_rows)) for start, table in zip(starts, tables, strict=False)]
+        if sum(table.num_rows for table in tables) != len(tokens.row_ids):
+            raise self._of_others(shard)
+        return [self._labels(shard, table, part) for table, part in zip(tables, parts, strict=True)]
+
+    def read_group(self, shard: int, file: ShardFile, group: int, tokens: TokenShard) -> dict[str, list[bytes]]:
+        """The label columns of one row group of the committed `shard`, of which `tokens` are the same row group.
+
+        `file` is that of the shard, which may be asked for many groups. Raises `IntegrityError` as `read` does.
+        """
+        with self._repairable():
+            table = file.group(group)
+        return self._labels(shard, table, tokens)
+
+    def file(self, shard: int, record: ShardRecord) -> ShardFile:
+        """The file of a committed shard, to read row groups of."""
+        return ShardFile(self.store, f"{self.folder}/data", record, f"label shard {shard}")
+
+    def _labels(self, shard: int, table: pa.Table, tokens: TokenShard) -> dict[str, list[bytes]]:
         if binary_column(table, "ids_sha256") != tokens.ids_sha256() or binary_column(table, "row_id") != tokens.row_ids:
-            raise IntegrityError(f"{where}: made from other tokens than token shard {shard} holds")
+            raise self._of_others(shard)
         return {name: binary_column(table, name) for name in table.column_names if name not in _IDENTITY}
+
+    def _of_others(self, shard: int) -> IntegrityError:
+        return IntegrityError(f"label shard {shard}: made from other tokens than token shard {shard} holds")
 
     def shards(self) -> list[int]:
         """Numbers of all shards that have a commit record, ascending."""
-        return [int(name.removesuffix(".json")) for name in self.store.keys(f"{self.folder}/commits")]
+        return sorted(int(name.removesuffix(".json")) for name in self.store.keys(f"{self.folder}/commits"))
 
     def all_committed(self) -> list[tuple[int, ShardRecord]]:
         """Every committed shard with its record; raises `IntegrityError` for a folder that is no log."""
@@ -190,48 +197,24 @@ class LabelLog:
 
     def check(self, shard: int, record: ShardRecord) -> None:
         """Read a committed shard in full; raises `IntegrityError` if a byte of it is not as it was written."""
-        get_shard(self.store, f"{self.folder}/data", record, f"label shard {shard}")
+        self.file(shard, record).check()
 
     def seal(self, shards: Sequence[int], manifest: TokenManifest) -> tuple[Seal, Ledger]:
-        """Close the books over `shards`: every row of every one is there exactly once.
+        """Close the books over `shards` of `manifest`: every row of every one is there exactly once.
 
-        Raises `IntegrityError` if the ledger does not balance.
+        A demand that was sealed before is known by its seal, and a shard that was compared with its tokens for another demand
+        is not compared again. Raises `IntegrityError` if the ledger does not balance.
         """
-        ledger, records = self.ledger(shards, manifest)
-        if not ledger.balanced:
-            raise IntegrityError(
-                f"label ledger does not balance: planned {ledger.planned}, committed {ledger.committed}, "
-                f"quarantined {ledger.quarantined}, duplicates {ledger.duplicates}"
-            )
-        seal = Seal(
-            key=self.key,
-            shards=len(records),
-            rows=sum(r.rows for r in records),
-            bytes=sum(r.bytes for r in records),
-            content=fingerprint("seal", [r.sha256 for r in records]),
-        )
-        demand = fingerprint("demand", sorted(shards))
-        self.store.put_if_absent(f"{self.folder}/seals/{demand}.json", seal.model_dump_json(indent=1).encode())
-        return seal, ledger
+        return Seals(self.store, self.folder, self.key).close(shards, manifest, self._looked_at)
 
-    def ledger(self, shards: Sequence[int], manifest: TokenManifest) -> tuple[Ledger, list[ShardRecord]]:
-        """Count the rows of `shards` from the row ids on storage, not from what anybody said was written."""
-        parts = [shards[i : i + SHARDS_A_READER] for i in range(0, len(shards), SHARDS_A_READER)]
-        with ThreadPoolExecutor(READERS) as readers:
-            found = [shard for part in readers.map(self._row_ids, parts) for shard in part]
-        identity: Any = pa.binary(ROW_ID_BYTES)  # which the stubs do not know in chunks
-        row_ids = pa.chunked_array([ids for _, ids in found], identity)
-        distinct: int = pc.count_distinct(row_ids).as_py()
-        planned = sum(manifest.train[s].rows for s in shards)
-        ledger = Ledger(planned=planned, committed=distinct, quarantined=0, duplicates=len(row_ids) - distinct)
-        return ledger, [record for record, _ in found]
-
-    def _row_ids(self, shards: Sequence[int]) -> list[tuple[ShardRecord, pa.Array[Any]]]:
-        """The committed ones of `shards`, each with the row ids that its file holds."""
-        folder = f"{self.folder}/data"
+    def _looked_at(self, shard: int) -> Committed | None:
         with self._repairable():
-            records = [(shard, record) for shard in shards if (record := self.committed(shard)) is not None]
-            return [(record, get_row_ids(self.store, folder, record, f"label shard {s}")) for s, record in records]
+            record = self.committed(shard)
+            if record is None:
+                return None
+            file = self.file(shard, record)
+            file.look()
+        return Committed(record, lambda: [row for table in file.groups() for row in binary_column(table, "row_id")])
 
     @contextmanager
     def _repairable(self) -> Generator[None]:
@@ -245,6 +228,16 @@ class LabelLog:
     def commit_key(self, shard: int) -> str:
         """Where the commit record of `shard` lies."""
         return f"{self.folder}/commits/{shard:06d}.json"
+
+
+def _table(row_ids: list[bytes], ids_sha256: list[bytes], columns: Mapping[str, Sequence[bytes]]) -> pa.Table:
+    identity = pa.binary(ROW_ID_BYTES)
+    arrays: dict[str, pa.Array[Any]] = {
+        "row_id": pa.array(row_ids, identity),
+        "ids_sha256": pa.array(ids_sha256, identity),
+        **{name: pa.array(values, pa.binary()) for name, values in columns.items()},
+    }
+    return pa.table(arrays).replace_schema_metadata({"schema_version": str(LABEL_SCHEMA_VERSION)})
 
 
 def _pretty(document: dict[str, Any]) -> bytes:

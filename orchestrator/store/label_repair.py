@@ -69,7 +69,8 @@ def give_up(log: LabelLog, losses: Sequence[Loss]) -> list[int]:
     lost = [loss.shard for loss in losses if loss.shard is not None and isinstance(look(log, loss.shard), Loss)]
     if not lost:
         return []
-    log.store.remove(f"{log.folder}/seals")  # made again when the labels are complete
+    for books in ("seals", "sealed"):  # made again when the labels are complete
+        log.store.remove(f"{log.folder}/{books}")
     files = log.store.keys(f"{log.folder}/data")
     for shard in lost:
         for file in (file for file in files if file.startswith(f"{shard:06d}-")):

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 
 from orchestrator.errors import EnvironmentFault, LockedError
 from orchestrator.store.bucket import Bucket, Tagged
-from orchestrator.store.files import StillOurs
+from orchestrator.store.interface import Lock
 from orchestrator.store.lock import holder_now
 
 RENEW_S, STALE_S, LOOK_S = 5.0, 20.0, 0.5
@@ -26,7 +26,7 @@ CLOCK_TICK_S = 1.0
 
 
 @contextmanager
-def lease(bucket: Bucket, name: str) -> Generator[StillOurs]:
+def lease(bucket: Bucket, name: str) -> Generator[Lock]:
     """Hold the lock object `name`; raises `LockedError`, naming the holder, if another process has it.
 
     Takes until the holder's next renewal to say so, and `STALE_S` to take over from one that is dead.
@@ -43,7 +43,7 @@ def lease(bucket: Bucket, name: str) -> Generator[StillOurs]:
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
-        yield held.still_ours
+        yield Lock(held.id, held.still_ours)
     finally:
         stop.set()
         thread.join()
@@ -57,10 +57,18 @@ def held(bucket: Bucket, name: str) -> bool:
     return standing is not None and not _is_free(standing) and looking.age_s(standing) < STALE_S
 
 
+def check(bucket: Bucket, name: str, token: str) -> None:
+    """Raise `LockedError`, naming the holder, unless the lock object `name` is held under `token`."""
+    looking = _Lease(bucket, name)
+    standing = looking.standing()
+    if standing is None or json.loads(standing.data).get("id") != token:
+        raise looking.locked_by(standing)
+
+
 class _Lease:
     def __init__(self, bucket: Bucket, name: str) -> None:
         self._bucket, self._name = bucket, name
-        self._holder, self._id, self._renewals = holder_now(), uuid.uuid4().hex, 0
+        self._holder, self.id, self._renewals = holder_now(), uuid.uuid4().hex, 0
         self._mutex = threading.Lock()
         self._tag: str | None = None
         self._renewed = 0.0
@@ -72,11 +80,11 @@ class _Lease:
             time.sleep(LOOK_S)
             standing = self.standing()
             if standing is not None and first is not None and standing.tag != first.tag and not _is_free(standing):
-                raise self._locked(standing)
+                raise self.locked_by(standing)
         self._renewed = time.monotonic()
         self._tag = self._bucket.write_if(self._name, self._body(), None if standing is None else standing.tag)
         if self._tag is None:  # another was faster
-            raise self._locked(self.standing())
+            raise self.locked_by(self.standing())
 
     def renew(self) -> None:
         with self._mutex:
@@ -85,7 +93,7 @@ class _Lease:
             began, self._renewals = time.monotonic(), self._renewals + 1
             tag = self._bucket.write_if(self._name, self._body(), self._tag)
             standing = self.standing() if tag is None else None
-            if standing is not None and self._id in standing.data.decode():
+            if standing is not None and self.id in standing.data.decode():
                 tag = standing.tag  # an earlier renewal of ours has arrived, and nobody was told
             self._tag, self._renewed = tag, began
 
@@ -93,7 +101,7 @@ class _Lease:
         if time.monotonic() - self._renewed > STALE_S:
             self.renew()
         if self._tag is None:
-            raise self._locked(self.standing())
+            raise self.locked_by(self.standing())
 
     def release(self) -> None:
         with self._mutex, suppress(EnvironmentFault):  # then it becomes stale
@@ -102,7 +110,7 @@ class _Lease:
 
     def age_s(self, standing: Tagged) -> float:
         """At least so long ago, by the bucket's clock, `standing` was written."""
-        probe = f"{self._name}.{self._id}"
+        probe = f"{self._name}.{self.id}"
         self._bucket.write(probe, b"")
         now = self._bucket.read_tagged(probe).modified
         self._bucket.remove([probe])
@@ -115,9 +123,9 @@ class _Lease:
             return None
 
     def _body(self) -> bytes:
-        return json.dumps({"holder": self._holder, "id": self._id, "renewals": self._renewals}).encode()
+        return json.dumps({"holder": self._holder, "id": self.id, "renewals": self._renewals}).encode()
 
-    def _locked(self, standing: Tagged | None) -> LockedError:
+    def locked_by(self, standing: Tagged | None) -> LockedError:
         holder = "another process" if standing is None or _is_free(standing) else json.loads(standing.data)["holder"]
         return LockedError(f"{self._bucket.address(self._name.rpartition('/')[0])} is locked by {holder}")
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from orchestrator.errors import EnvironmentFault
-from orchestrator.store.files import Part, StillOurs, Store, storage_faults
-from orchestrator.store.lock import exclusive, held
-from orchestrator.store.records import FileRecord, describe_folder
+from orchestrator.store.file_record import FileRecord, describe_folder, describe_rest, sha256_of
+from orchestrator.store.interface import UNFINISHED, Lock, Part, StillOurs, Store, storage_faults, unguarded
+from orchestrator.store.lock import check, exclusive, held
 
 
 class LocalStore(Store):
@@ -37,6 +37,10 @@ class LocalStore(Store):
         with _faults_of_present(self.path(key)):
             return self.path(key).read_bytes()
 
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        with _faults_of_present(self.path(key)), self.path(key).open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, start)
+
     def open(self, key: str) -> BinaryIO:
         with _faults_of_present(self.path(key)):
             return self.path(key).open("rb")
@@ -46,7 +50,7 @@ class LocalStore(Store):
             names = [path.name for path in self.path(folder).iterdir()]
         except FileNotFoundError:
             return []
-        return sorted(n for n in names if not n.startswith(".tmp"))
+        return sorted(n for n in names if not n.startswith(UNFINISHED))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         path = self.path(key)
@@ -94,22 +98,41 @@ class LocalStore(Store):
     def forget(self, key: str) -> None:
         pass
 
+    def holds(self, key: str, files: Mapping[str, FileRecord]) -> bool:
+        folder = self.path(key)
+        with storage_faults(folder):
+            try:
+                return all(
+                    (folder / name).stat().st_size == record.bytes and sha256_of(folder / name) == record.sha256
+                    for name, record in files.items()
+                )
+            except FileNotFoundError:
+                return False
+
+    def outline(self, key: str) -> Path:
+        return self.local(key)
+
+    def fetch(self, key: str, name: str) -> Path:
+        return self.path(key) / name
+
     @contextmanager
     def part_of(self, key: str) -> Generator[Part]:
         path = self.path(key)
-        part = Part(path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:12]}")
+        part = Part(path.parent / f"{UNFINISHED}-{path.name}-{uuid.uuid4().hex[:12]}")
         with storage_faults(part.folder):
             part.folder.mkdir(parents=True)
         try:
             yield part
             with storage_faults(part.folder):
                 _open_to_all_that_umask_lets(part.folder)
-            part.files.update(describe_folder(part.folder))
+                part.files.update(describe_rest(part.folder, part.files))
+                for file in part.folder.rglob("*"):
+                    _sync_file(file)
         except BaseException:
             shutil.rmtree(part.folder, ignore_errors=True)
             raise
 
-    def publish(self, key: str, parts: Sequence[Part]) -> None:
+    def publish(self, key: str, parts: Sequence[Part], still_ours: StillOurs = unguarded) -> None:
         path, whole = self.path(key), parts[0].folder
         try:
             with storage_faults(path):
@@ -117,8 +140,9 @@ class LocalStore(Store):
                     for name in part.files:
                         (whole / name).parent.mkdir(parents=True, exist_ok=True)
                         (part.folder / name).rename(whole / name)
-                for file in whole.rglob("*"):
-                    _sync_file(file)
+                for folder in (whole, *(below for below in whole.rglob("*") if below.is_dir())):
+                    _sync_folder(folder)
+                still_ours()
                 if path.exists():
                     shutil.rmtree(path)
                 whole.rename(path)
@@ -128,11 +152,14 @@ class LocalStore(Store):
                 shutil.rmtree(part.folder, ignore_errors=True)
 
     def sweep(self, folder: str) -> None:
-        for path in self.path(folder).glob(".tmp-*"):
+        for path in self.path(folder).glob(f"{UNFINISHED}-*"):
             shutil.rmtree(path)
 
-    def exclusive(self, key: str) -> AbstractContextManager[StillOurs]:
+    def exclusive(self, key: str) -> AbstractContextManager[Lock]:
         return exclusive(self.path(key))
+
+    def check_lock(self, key: str, token: str) -> None:
+        check(self.path(key), token)
 
     def held(self, key: str) -> bool:
         return held(self.path(key))
@@ -185,7 +212,7 @@ def _open_to_all_that_umask_lets(folder: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.parent / f".tmp-{uuid.uuid4().hex[:12]}"
+    return path.parent / f"{UNFINISHED}-{uuid.uuid4().hex[:12]}"
 
 
 def _sync_file(path: Path) -> None:

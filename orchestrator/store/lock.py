@@ -7,19 +7,20 @@ import os
 import random
 import socket
 import time
+import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.errors import LockedError
-from orchestrator.store.files import StillOurs, storage_faults
+from orchestrator.store.interface import Lock, storage_faults, unguarded
 
 LOOK_S = 0.02
 """Longest wait between two tries while other processes only look at the lock."""
 
 
 @contextmanager
-def exclusive(path: Path) -> Generator[StillOurs]:
+def exclusive(path: Path) -> Generator[Lock]:
     """Hold the lock file `path`; raises `LockedError`, naming the holder, if another process has it."""
     with storage_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,12 +32,23 @@ def exclusive(path: Path) -> Generator[StillOurs]:
                 raise LockedError(f"{path.parent} is locked by {_holder(descriptor)}")
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             time.sleep(random.uniform(0, LOOK_S))
+        token = uuid.uuid4().hex
         with storage_faults(path):
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, holder_now().encode(), 0)
-        yield lambda: None
+            os.pwrite(descriptor, f"{holder_now()}\n{token}".encode(), 0)
+        yield Lock(token, unguarded)  # the kernel takes it from nobody who lives
     finally:
         os.close(descriptor)
+
+
+def check(path: Path, token: str) -> None:
+    """Raise `LockedError`, naming the holder, unless the lock file `path` was last taken under `token`."""
+    try:
+        holder, _, last = path.read_text().partition("\n")
+    except FileNotFoundError:
+        holder = last = ""
+    if last != token:
+        raise LockedError(f"{path.parent} is locked by {holder or 'another process'}")
 
 
 def held(path: Path) -> bool:
@@ -56,7 +68,7 @@ def _locked(descriptor: int, how: int) -> bool:
 
 
 def _holder(descriptor: int) -> str:
-    return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+    return os.pread(descriptor, 200, 0).decode(errors="replace").partition("\n")[0] or "another process"
 
 
 def holder_now() -> str:

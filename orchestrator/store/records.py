@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
-from orchestrator.errors import IntegrityError
 from orchestrator.plan.fingerprint import fingerprint
-from orchestrator.store.files import Store, local_folder, sha256_of
+from orchestrator.store.file_record import FileRecord
+from orchestrator.store.file_record import describe_folder as describe_folder
+from orchestrator.store.files import Store, local_folder
+from orchestrator.store.record import Record
+from orchestrator.store.shard_pages import ShardPages
+from orchestrator.store.shard_pages import ShardRecord as ShardRecord
 
 MANIFEST = "manifest.json"
 MODEL = "model"
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    def save(self, store: Store, key: str) -> None:
-        """Write this record under `key`, durably."""
-        store.replace(key, self.model_dump_json(indent=1).encode())
-
-    @classmethod
-    def load(cls, store: Store, key: str) -> Self | None:
-        """The record under `key`, None if there is none; raises `IntegrityError` if it cannot be read."""
-        try:
-            return cls.model_validate_json(store.read(key))
-        except FileNotFoundError:
-            return None
-        except ValidationError as error:
-            raise IntegrityError(f"{store.address(key)}: not a valid record: {error.errors()[0]['msg']}") from error
-
-
-class FileRecord(Record):
-    """A file by content."""
-
-    sha256: str
-    bytes: int
-
-
-class ShardRecord(FileRecord):
-    """A committed shard: where it lies in its stage's folder, and what it holds."""
-
-    file: str
-    rows: int
 
 
 class TokenManifest(Record):
@@ -56,8 +26,10 @@ class TokenManifest(Record):
     seq_len: int
     vocab_size: int
     tokenizer_sha256: str
-    train: tuple[ShardRecord, ...]
-    heldout: tuple[ShardRecord, ...]
+    train: ShardPages
+    heldout: ShardPages
+    group_rows: int
+    """Rows of a row group: what is hashed, fetched and decoded by itself. The last one of a shard may have fewer."""
     documents: int
     heldout_documents: int
     skipped_documents: int
@@ -70,7 +42,12 @@ class TokenManifest(Record):
 
     @classmethod
     def without_corpus(
-        cls, seq_len: int, vocab_size: int, train: Iterable[ShardRecord] = (), target_share: float = 1.0
+        cls,
+        seq_len: int,
+        vocab_size: int,
+        train: ShardPages = ShardPages(),  # noqa: B008 — frozen
+        target_share: float = 1.0,
+        group_rows: int = 16,
     ) -> TokenManifest:
         """Of shards that were not made from documents, such as random ids to measure with."""
         counts = {"documents": 0, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
@@ -79,25 +56,31 @@ class TokenManifest(Record):
             seq_len=seq_len,
             vocab_size=vocab_size,
             tokenizer_sha256="",
-            train=tuple(train),
-            heldout=(),
+            train=train,
+            heldout=ShardPages(),
             target_share=target_share,
+            group_rows=group_rows,
             **counts,
         )
 
     @property
     def content(self) -> str:
         """Hex identity of the tokens themselves, however they were made."""
-        return fingerprint("tokens", self.tokenizer_sha256, [s.sha256 for s in self.train], [s.sha256 for s in self.heldout])
+        return fingerprint("tokens", self.tokenizer_sha256, self.group_rows, self.train.pages, self.heldout.pages)
+
+    @property
+    def rows(self) -> int:
+        """Training rows."""
+        return int(self.train.rows.sum())
 
     @property
     def shard_rows(self) -> list[int]:
-        return [s.rows for s in self.train]
+        return self.train.rows.tolist()
 
     @property
     def heldout_rows(self) -> list[int]:
         """By shard."""
-        return [s.rows for s in self.heldout]
+        return self.heldout.rows.tolist()
 
 
 @dataclass(frozen=True)
@@ -110,7 +93,7 @@ class Tokens:
     @property
     def rows(self) -> int:
         """Training rows."""
-        return sum(self.manifest.shard_rows)
+        return self.manifest.rows
 
     @property
     def tokenizer(self) -> str:
@@ -123,7 +106,7 @@ class ModelManifest(Record):
     fingerprint: str
     files: dict[str, FileRecord]
     vocab_size: int
-    training: dict[str, float] = {}
+    training: dict[str, float] = Field(default_factory=dict[str, float])
     """Figures of the run that made it, by name with unit."""
 
     @property
@@ -143,18 +126,6 @@ class ModelFolder:
     def path(self) -> Path:
         """The folder on this node; other nodes are told the address."""
         return local_folder(self.address)
-
-
-def describe_folder(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
-    """Size and hash of the files of `folder` (or of those called `names`), by relative name."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file()) if names is None else [folder / n for n in sorted(names)]
-    return {str(p.relative_to(folder)): FileRecord(sha256=sha256_of(p), bytes=p.stat().st_size) for p in files}
-
-
-def contents_beside_manifest(store: Store, key: str) -> dict[str, FileRecord] | None:
-    """`Store.contents` without the manifest that lies among them."""
-    files = store.contents(key)
-    return None if files is None else {name: record for name, record in files.items() if name != MANIFEST}
 
 
 def finished_model(store: Store, stage_key: str) -> ModelFolder | None:

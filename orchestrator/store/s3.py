@@ -15,25 +15,27 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orchestrator.errors import EnvironmentFault, IntegrityError, SpecError
 from orchestrator.store.bucket import Bucket
-from orchestrator.store.files import Part, StillOurs, Store, sha256_of, storage_faults
-from orchestrator.store.lease import held, lease
+from orchestrator.store.file_record import FileRecord, describe_rest, sha256_of
+from orchestrator.store.interface import UNFINISHED, Lock, Part, StillOurs, Store, storage_faults, unguarded
+from orchestrator.store.lease import check, held, lease
 from orchestrator.store.mirror import mirrored
-from orchestrator.store.records import FileRecord, Record, describe_folder
 
 INDEX = ".index.json"
 
 
-class FolderIndex(Record):
+class FolderIndex(BaseModel):
     """The files of a finished folder, by relative name."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     files: dict[str, FileRecord]
     tags: dict[str, str]
@@ -60,6 +62,9 @@ class S3Store(Store):
 
     def read(self, key: str) -> bytes:
         return self._bucket.read(self._name(key))
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        return self._bucket.read_range(self._name(key), start, length)
 
     def open(self, key: str) -> BinaryIO:
         return self._bucket.open(self._name(key))
@@ -98,8 +103,50 @@ class S3Store(Store):
         with storage_faults(copy), copy.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes on a node, one downloads
             if not copy.is_dir():
-                self._download(key, index, copy)
+                self._copy(key, index, copy)
         return copy
+
+    def holds(self, key: str, files: Mapping[str, FileRecord]) -> bool:
+        try:
+            index, folder = self._index(key), self._name(key)
+        except IntegrityError:
+            return False
+        if index is None:
+            return False
+        there = self._bucket.below(folder)
+        return all(
+            index.files.get(name) == record and there.get(f"{folder}/{name}") == (record.bytes, index.tags[name])
+            for name, record in files.items()
+        )
+
+    def outline(self, key: str) -> Path:
+        index = self._index(key)
+        if index is None:
+            raise FileNotFoundError(self.address(key))
+        outline = self._outline(key, index)
+        with storage_faults(outline), outline.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not outline.is_dir():
+                partial = outline.with_name(f"{UNFINISHED}-{uuid.uuid4().hex[:12]}")
+                partial.mkdir()
+                self._make_folders(key, index, partial)
+                for name in index.files:
+                    (partial / name).touch()
+                partial.rename(outline)
+        return outline
+
+    def fetch(self, key: str, name: str) -> Path:
+        index = self._index(key)
+        if index is None:
+            raise IntegrityError(f"{self.address(key)}: it is gone")
+        file, record = self._outline(key, index) / name, index.files[name]
+        with storage_faults(file), file.with_name(f".{file.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes on a node, one downloads
+            if file.stat().st_size != record.bytes:
+                partial = file.with_name(f"{UNFINISHED}-{file.name}")
+                self._download({name: record}, key, {name: partial})
+                partial.replace(file)
+        return file
 
     def forget(self, key: str) -> None:
         copies = self._copies(key)
@@ -114,16 +161,17 @@ class S3Store(Store):
             part.folder.mkdir()
         try:
             yield part
-            part.files.update(describe_folder(part.folder))
+            part.files.update(describe_rest(part.folder, part.files))
             folder = self._name(key)
             self._bucket.upload((part.folder / name, f"{folder}/{name}") for name in part.files)
         finally:
             shutil.rmtree(part.folder, ignore_errors=True)
 
-    def publish(self, key: str, parts: Sequence[Part]) -> None:
+    def publish(self, key: str, parts: Sequence[Part], still_ours: StillOurs = unguarded) -> None:
         files, folder = {name: record for part in parts for name, record in part.files.items()}, self._name(key)
         there = self._bucket.below(folder)
         index = FolderIndex(files=files, tags={name: there[f"{folder}/{name}"].tag for name in files})
+        still_ours()
         self._bucket.write(folder + INDEX, index.model_dump_json(indent=1).encode())
 
     def sweep(self, folder: str) -> None:
@@ -131,8 +179,11 @@ class S3Store(Store):
         inside = [path for path in self._bucket.below(start[:-1]) if "/" in path.removeprefix(start)]
         self._bucket.remove([path for path in inside if path.removeprefix(start).partition("/")[0] not in finished])
 
-    def exclusive(self, key: str) -> AbstractContextManager[StillOurs]:
+    def exclusive(self, key: str) -> AbstractContextManager[Lock]:
         return lease(self._bucket, self._name(key))
+
+    def check_lock(self, key: str, token: str) -> None:
+        check(self._bucket, self._name(key), token)
 
     def held(self, key: str) -> bool:
         return held(self._bucket, self._name(key))
@@ -159,24 +210,36 @@ class S3Store(Store):
         """What the names of this node's copies of the folder `key` begin with."""
         return node_folder() / "copies" / _digest(self.address(key))
 
-    def _download(self, key: str, index: FolderIndex, copy: Path) -> None:
-        partial = copy.with_name(f".tmp-{uuid.uuid4().hex[:12]}")
+    def _outline(self, key: str, index: FolderIndex) -> Path:
+        copies = self._copies(key)
+        return copies.with_name(f"{copies.name}-{index.content}-outline")
+
+    def _copy(self, key: str, index: FolderIndex, copy: Path) -> None:
+        partial = copy.with_name(f"{UNFINISHED}-{uuid.uuid4().hex[:12]}")
         try:
             partial.mkdir()
-            for name in index.files:
-                if ".." in Path(name).parts or Path(name).is_absolute():
-                    raise IntegrityError(f"{self.address(key)}{INDEX}: {name} is no file of a folder of ours")
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            folder = self._name(key)
-            self._bucket.download((f"{folder}/{name}", record.bytes, partial / name) for name, record in index.files.items())
-            for name, record in index.files.items():
-                if sha256_of(partial / name) != record.sha256:
-                    raise IntegrityError(f"{self.address(key)}/{name}: sha256 mismatch, it has changed since it was written")
+            self._make_folders(key, index, partial)
+            self._download(index.files, key, {name: partial / name for name in index.files})
             partial.rename(copy)
-        except FileNotFoundError as error:
-            raise IntegrityError(f"{self.address(key)}: a file of it is gone: {error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _make_folders(self, key: str, index: FolderIndex, root: Path) -> None:
+        for name in index.files:
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise IntegrityError(f"{self.address(key)}{INDEX}: {name} is no file of a folder of ours")
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+
+    def _download(self, files: Mapping[str, FileRecord], key: str, targets: Mapping[str, Path]) -> None:
+        """Read `files` of the folder `key` into the new files `targets`, by relative name, and check them."""
+        folder = self._name(key)
+        try:
+            self._bucket.download((f"{folder}/{name}", record.bytes, targets[name]) for name, record in files.items())
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{self.address(key)}: a file of it is gone: {error}") from error
+        for name, record in files.items():
+            if sha256_of(targets[name]) != record.sha256:
+                raise IntegrityError(f"{self.address(key)}/{name}: sha256 mismatch, it has changed since it was written")
 
 
 def node_folder() -> Path:

@@ -1,4 +1,4 @@
-"""Shards as Parquet bytes, and the schema of token shards. Page checksums on; every read is checked against a hash."""
+"""The schema of token shards, and how one is read: as a whole, or a row group of it."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # The pyarrow stubs leave types open.
@@ -6,75 +6,22 @@
 from __future__ import annotations
 
 import hashlib
-import io
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from orchestrator.errors import IntegrityError
-from orchestrator.store.files import Store
-from orchestrator.store.records import ShardRecord
+from orchestrator.store.interface import Store
+from orchestrator.store.row_groups import ShardFile, binary_column, put_shard
+from orchestrator.store.shard_pages import ShardRecord
 
 ROW_ID_BYTES = 16
-TOKEN_SCHEMA_VERSION = 3
-
-
-def to_parquet(table: pa.Table) -> bytes:
-    """`table` as the bytes of one Parquet file: zstd, page checksums, one row group.
-
-    Without statistics: of a column of bytes they are its longest values over again, several bytes a token.
-    """
-    sink = io.BytesIO()
-    layout: dict[str, Any] = {"row_group_size": max(1, table.num_rows), "write_statistics": False, "use_dictionary": False}
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **layout)
-    return sink.getvalue()
-
-
-def from_parquet(data: bytes, record: ShardRecord, where: str) -> pa.Table:
-    """The table in `data`; raises `IntegrityError` naming `where` if a byte differs from what was committed."""
-    if hashlib.sha256(data).hexdigest() != record.sha256:
-        raise IntegrityError(f"{where}: sha256 mismatch, the file has changed since it was written")
-    # Not from a Python object: a thread of arrow that still holds one when the interpreter ends aborts the process.
-    table = pq.read_table(pa.BufferReader(data), use_threads=False, page_checksum_verification=True)
-    if table.num_rows != record.rows:
-        raise IntegrityError(f"{where}: {table.num_rows} rows where {record.rows} were committed")
-    return table
-
-
-def put_shard(store: Store, folder: str, index: int, table: pa.Table) -> ShardRecord:
-    """Store `table` under a name that holds its content hash; visible to nobody until a record names it."""
-    data = to_parquet(table)
-    digest = hashlib.sha256(data).hexdigest()
-    file = f"{index:06d}-{digest[:32]}.parquet"
-    store.put_if_absent(f"{folder}/{file}", data)
-    return ShardRecord(file=file, sha256=digest, rows=table.num_rows, bytes=len(data))
-
-
-def get_shard(store: Store, folder: str, record: ShardRecord, where: str) -> pa.Table:
-    """Read back what `put_shard` stored; raises `IntegrityError` if it is gone or differs."""
-    try:
-        data = store.read(f"{folder}/{record.file}")
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{where}: the file {record.file} is gone") from error
-    return from_parquet(data, record, where)
-
-
-def get_row_ids(store: Store, folder: str, record: ShardRecord, where: str) -> pa.Array[Any]:
-    """The row ids of a committed shard, read without its other columns; raises `IntegrityError` if they are gone or damaged."""
-    try:
-        with (
-            store.open(f"{folder}/{record.file}") as data,
-            pq.ParquetFile(data, page_checksum_verification=True) as file,
-        ):
-            return file.read(columns=["row_id"], use_threads=False)["row_id"].combine_chunks()
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{where}: the file {record.file} is gone") from error
-    except (pa.ArrowException, OSError) as error:
-        raise IntegrityError(f"{where}: {record.file} is damaged: {error}") from error
+TOKEN_SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -123,22 +70,56 @@ class TokenShard:
         return [hashlib.sha256(row.astype("<i4").tobytes()).digest()[:ROW_ID_BYTES] for row in self.ids]
 
 
+def joined(parts: Sequence[TokenShard]) -> TokenShard:
+    """The rows of all `parts`, which have the same columns."""
+    masks = [part.loss_mask for part in parts if part.loss_mask is not None]
+    documents = [document for part in parts for document in part.documents or ()]
+    return TokenShard(
+        [row for part in parts for row in part.row_ids],
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate(masks) if masks else None,
+        documents or None,
+    )
+
+
 def _matrix(table: pa.Table, name: str) -> npt.NDArray[Any]:
     """A column of lists of one length, [rows, length]."""
     lists: Any = table[name].combine_chunks()
     return lists.flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
 
 
-def binary_column(table: pa.Table, name: str) -> list[bytes]:
-    """The values of a column of bytes, one per row."""
-    values: Any = table[name].to_pylist()
-    return values
+def put_tokens(store: Store, folder: str, index: int, tokens: TokenShard, group_rows: int) -> ShardRecord:
+    """Store `tokens` as the `index`-th shard of `folder`, in row groups of `group_rows`."""
+    starts = range(0, len(tokens.row_ids), group_rows)
+    return put_shard(store, folder, index, [tokens.rows(slice(start, start + group_rows)).to_table() for start in starts])
+
+
+def token_file(store: Store, folder: str, record: ShardRecord) -> ShardFile:
+    """The file of a token shard, to read row groups of."""
+    return ShardFile(store, folder, record, f"token shard {folder}/{record.file}")
 
 
 def read_tokens(store: Store, folder: str, record: ShardRecord) -> TokenShard:
     """One token shard, verified."""
+    with made_anew(store, folder):
+        return TokenShard.from_table(token_file(store, folder, record).table())
+
+
+def read_rows(store: Store, folder: str, record: ShardRecord, rows: range, group_rows: int) -> TokenShard:
+    """Some rows of a token shard, of which only their row groups are read and verified."""
+    groups = range(rows.start // group_rows, -(-rows.stop // group_rows))
+    with made_anew(store, folder):
+        file = token_file(store, folder, record)
+        found = joined([TokenShard.from_table(file.group(number)) for number in groups])
+    first = groups.start * group_rows
+    return found.rows(slice(rows.start - first, rows.stop - first))
+
+
+@contextmanager
+def made_anew(store: Store, folder: str) -> Generator[None]:
+    """Have a damaged or missing token shard in `folder` say how it is made again."""
     try:
-        return TokenShard.from_table(get_shard(store, folder, record, f"token shard {folder}/{record.file}"))
+        yield
     except IntegrityError as error:
         tokens = store.address(folder.rpartition("/")[0])
         raise IntegrityError(f"{error}; remove {tokens} and run the job again, which makes the tokens anew") from error

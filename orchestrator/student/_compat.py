@@ -35,3 +35,16 @@ def recorders_by_name() -> Generator[None]:
 
 def _name(key: Any) -> str:
     return key if isinstance(key, str) else str(key.__class__)
+
+
+@contextmanager
+def step_left_out(optimizer: Any) -> Generator[None]:
+    """Have a DeepSpeed engine do everything that belongs to a step but the update of the plain `optimizer`.
+
+    DeepSpeed leaves out steps whose gradient is not finite under ZeRO only (0.19.8).
+    """
+    optimizer.step = lambda *_: None
+    try:
+        yield
+    finally:
+        del optimizer.step

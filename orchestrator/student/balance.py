@@ -47,10 +47,10 @@ class Balance:
         missing = job.ahead.depth * (job.ahead.depth + 1) // 2 if kind.ahead else 0
         self._tokens = train.global_batch * (job.manifest.seq_len * kind.layers - missing)
 
-    def after_step(self, device: torch.device) -> torch.Tensor:
+    def after_step(self, device: torch.device, applied: bool = True) -> torch.Tensor:
         """Move the routers' biases; (mean balance loss, greatest load over mean load, share of dropped picks), [3].
 
-        Called on every rank after each optimizer step; over the global batch.
+        Called on every rank after each optimizer step; over the global batch. A step that was not `applied` moves nothing.
         """
         kind, taken = self._kind, self._watch.take()
         aux, load = torch.zeros(kind.layers, device=device), torch.zeros(kind.layers, kind.experts, device=device)
@@ -58,7 +58,7 @@ class Balance:
             aux[self._rows], load[self._rows] = taken.aux.to(aux), taken.load.to(load)
         dist.all_reduce(aux)
         dist.all_reduce(load)
-        if self._rows and self._watch.biased and self._bias_rate:
+        if applied and self._rows and self._watch.biased and self._bias_rate:
             self._watch.update_bias(self._bias_rate, load[self._rows])
         busiest = Routing(aux, load).imbalance().max().float()
         return torch.stack([aux.mean() / self._ranks, busiest, 1 - load.sum() / (self._tokens * kind.picks)])

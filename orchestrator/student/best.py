@@ -3,8 +3,8 @@
     <stage folder>/best/step-000120/model/...       as a finished stage leaves a model
                                     manifest.json   with the step and its cross entropy, written last
 
-A run that is killed goes on from a checkpoint, which says what was best by then; so the models that the two kept checkpoints
-speak of are kept with them.
+A run that is killed goes on from a checkpoint, which says what was best by then; so the models that the kept checkpoints speak
+of are kept with them, and that of a checkpoint which is being written.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from orchestrator.store.files import Store
 from orchestrator.store.records import MODEL, finished_model
 from orchestrator.student.job import TrainingJob
 
+KEPT = 2
+"""Checkpoints of a training that are kept."""
+
 
 class Selection:
     """The best evaluation so far, and how many have followed it; the same on every rank."""
@@ -25,8 +28,8 @@ class Selection:
     def __init__(self, store: Store, job: TrainingJob) -> None:
         self._store, self._job = store, job
         self._best_nats, self._best_step, self._since = math.inf, 0, 0
-        self._at_checkpoint, self._at_earlier = 0, 0
-        """Best step as the last checkpoint has it, and the one before."""
+        self._at_checkpoints = [0] * KEPT
+        """Best step by each checkpoint that is kept or being written, oldest first."""
 
     def take(self, done: int, heldout_ce_nats: float, save: Callable[[str, dict[str, float]], None]) -> None:
         """Take in the evaluation after `done` steps; `save` leaves the model under a stage folder, with its figures."""
@@ -44,19 +47,24 @@ class Selection:
 
     def state(self) -> list[float]:
         """Return the state that a checkpoint keeps."""
-        return [self._best_nats, self._best_step, self._since, self._at_checkpoint]
+        return [self._best_nats, self._best_step, self._since, self._at_checkpoints[-1]]
 
     def restore(self, state: list[float]) -> None:
+        """Go on from what `state` returned for the checkpoint that training resumes from."""
         self._best_nats, self._best_step, self._since = state[0], int(state[1]), int(state[2])
-        self._at_checkpoint, self._at_earlier = self._best_step, int(state[3])
+        self._at_checkpoints = [int(state[3]), self._best_step]
+
+    def begun(self) -> None:
+        """Take in that a checkpoint of this state is being written; called on every rank."""
+        self._at_checkpoints.append(self._best_step)
 
     def saved(self) -> None:
-        """Take in that a checkpoint was saved; called on every rank."""
-        self._at_checkpoint, self._at_earlier = self._best_step, self._at_checkpoint
+        """Take in that the checkpoint last begun is durable, and the oldest gone; called on every rank."""
+        self._at_checkpoints = self._at_checkpoints[-KEPT:]
 
     def prune(self) -> None:
-        """Remove the models but the best and those that the two kept checkpoints speak of; called on one rank."""
-        kept = {_name(step) for step in (self._best_step, self._at_checkpoint, self._at_earlier)}
+        """Remove the models but the best and those that checkpoints speak of; called on one rank."""
+        kept = {_name(step) for step in (self._best_step, *self._at_checkpoints)}
         for name in self._store.keys(f"{self._job.folder}/best"):
             if name not in kept:
                 self._store.remove(f"{self._job.folder}/best/{name}")

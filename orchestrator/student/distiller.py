@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from orchestrator.errors import SpecError
 from orchestrator.labels.targets import Targets
@@ -23,6 +23,7 @@ from orchestrator.spec.train import Pipeline
 from orchestrator.store.files import local_folder
 from orchestrator.student.feed import Mask
 from orchestrator.student.job import Initial, Soft, TrainingJob
+from orchestrator.student.ranks import from_first_rank
 
 TERMS = 5
 """Means over the global batch that a step reports: loss, CE, divergence, features' loss, loss of multi-token prediction."""
@@ -50,8 +51,9 @@ class Distiller(nn.Module):
     ) -> torch.Tensor:
         """Means over the targets of `TERMS`, [5]; only the first has a gradient.
 
-        `ids` are [rows, seq + 1], `soft` and the teacher's `features` have tensors [rows, seq, ...]. Features are compared
-        at all positions, those of a prompt too. In evaluation mode the model itself is measured, and nothing beside it.
+        `ids` are [rows, seq + 1], `soft` and the teacher's `features` have tensors [rows, seq, ...], the `mask` is on the CPU.
+        Features are compared at all positions, those of a prompt too. In evaluation mode the model itself is measured, and
+        nothing beside it.
         """
         names = self.inner.student_features if self.inner is not None and self.training else ()
         with captured(self.model, names, "objective.features") as own:
@@ -87,15 +89,16 @@ def head_loss(
 ) -> torch.Tensor:
     """Means over the targets of (loss, CE, divergence), [3]; only the first has a gradient.
 
-    `hidden` [rows, seq, width] is what the head of `model` is applied to, `ids` are [rows, seq + 1].
+    `hidden` [rows, seq, width] is what the head of `model` is applied to, `ids` are [rows, seq + 1]. The `mask` is on the CPU.
     """
     states, target = hidden.flatten(0, 1), ids[:, 1:].flatten()
     teacher = None if soft is None else soft.map(lambda t: t.flatten(0, 1))
     count = float(len(target))
     if mask is not None:
-        kept = mask.kept.flatten()
-        states, target, count = states[kept], target[kept], count * mask.share
-        teacher = None if teacher is None else teacher.map(lambda t: t[kept])
+        # Which they are is told by the CPU: to ask the device how many would be to wait for all that it has still to do.
+        rows = mask.kept.flatten().nonzero().squeeze(1).to(states.device, non_blocking=True)
+        states, target, count = states.index_select(0, rows), target.index_select(0, rows), count * mask.share
+        teacher = None if teacher is None else teacher.map(lambda t: t.index_select(0, rows))
 
     def score(logits: torch.Tensor, part: slice) -> torch.Tensor:
         return mixture.score(logits, target[part], None if teacher is None else teacher.map(lambda t: t[part]))
@@ -106,14 +109,17 @@ def head_loss(
 def start_model(job: TrainingJob, share: Share | None = None) -> PreTrainedModel:
     """The model of `job` as training begins, or a `share` of it, on the CPU and in fp32.
 
-    Raises `SpecError` for a model whose head the chunked loss cannot stand for.
+    With a `share` it is called on every rank. Raises `SpecError` for a model whose head the chunked loss cannot stand for.
     """
-    model = _whole_model(job) if share is None else _shared_model(job, share)
+    if share is None:
+        model = _whole_model(job)
+        _check_architecture(job, model)
+    else:
+        config = _config(job)
+        if refused := from_first_rank(lambda: _refused(job, config)):  # one answer for all: they end together
+            raise SpecError(refused)
+        model = _shared_model(job, config, share)
     learn_every_row(model)
-    tried = model if share is None else trial_model(model.config)
-    check_head(tried, job.stage)
-    if job.ahead.depth or isinstance(job.train.parallel, Pipeline):
-        check_pieces(tried, job.stage)
     if job.train.precision == "fp8":
         emulate = job.train.gpus_per_worker == 0 or not fp8_hardware()
         to_fp8(model, job.train.fp8_recipe, emulate, f"{job.stage}.model")
@@ -138,10 +144,31 @@ def _whole_model(job: TrainingJob) -> PreTrainedModel:
     return build_model(job.model, job.vocab_size, job.seed, job.stage)
 
 
-def _shared_model(job: TrainingJob, share: Share) -> PreTrainedModel:
+def _shared_model(job: TrainingJob, config: PreTrainedConfig, share: Share) -> PreTrainedModel:
     if isinstance(job.model, Initial):
         return read_share(local_folder(job.model.folder), share)
-    return drawn_share(model_config(job.model, job.vocab_size, job.stage), job.seed, share)
+    return drawn_share(config, job.seed, share)
+
+
+def _config(job: TrainingJob) -> PreTrainedConfig:
+    if isinstance(job.model, Initial):
+        return outline(local_folder(job.model.folder)).config
+    return model_config(job.model, job.vocab_size, job.stage)
+
+
+def _refused(job: TrainingJob, config: PreTrainedConfig) -> str | None:
+    """Why a model of `config` cannot be trained, if it cannot."""
+    try:
+        _check_architecture(job, trial_model(config))
+    except SpecError as error:
+        return str(error)
+    return None
+
+
+def _check_architecture(job: TrainingJob, model: PreTrainedModel) -> None:
+    check_head(model, job.stage)
+    if job.ahead.depth or isinstance(job.train.parallel, Pipeline):
+        check_pieces(model, job.stage)
 
 
 def build_distiller(job: TrainingJob, share: Share | None = None) -> Distiller:

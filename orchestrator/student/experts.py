@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from orchestrator.errors import SpecError
 from orchestrator.student._compat import recorders_by_name
 from orchestrator.student.preflight import FAMILIES
+from orchestrator.student.sharded import once
 
 
 def check_experts(model: PreTrainedModel, size: int, section: str) -> None:
@@ -56,30 +57,24 @@ def experts_in_sight(distiller: nn.Module, model: PreTrainedModel) -> Generator[
     del distiller.config
 
 
-def whole_expert_state(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All weights of a model whose experts are spread, under transformers' names, on the CPU of rank 0; elsewhere nothing.
-
-    Parameters come as `dtype`, buffers as they are, tied ones share their memory. Called on every rank, under any ZeRO stage.
-    """
+def expert_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers of a model whose experts are spread, as `Trainer.tensors` has them; under any ZeRO stage."""
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
     layers = {f"{name}.": layer for name, layer in model.named_modules() if isinstance(layer, AutoEPMoELayer)}
     first = dist.get_rank() == 0
-    state: dict[str, torch.Tensor] = {}
-    names: dict[int, str] = {}
-    for name, value in _beside_experts(model, layers):
-        before = names.setdefault(id(value), name)
-        whole = _whole(value) if before == name else None
+    for name, value in once(dict(_beside_experts(model, layers))):
+        whole = _whole(value)
         if first:
-            state[name] = (
-                state[before] if whole is None else whole.to("cpu", dtype if isinstance(value, nn.Parameter) else None)
-            )
+            yield name, whole.to("cpu", dtype if isinstance(value, nn.Parameter) else None)
     for prefix, layer in layers.items():
-        gate, down, up = (_all_experts(layer, own) for own in (layer.experts.w1, layer.experts.w2, layer.experts.w3))
+        gate, up = (_all_experts(layer, own) for own in (layer.experts.w1, layer.experts.w3))
         if first:
-            state[f"{prefix}experts.gate_up_proj"] = torch.cat([gate, up], 1).to("cpu", dtype)
-            state[f"{prefix}experts.down_proj"] = down.to("cpu", dtype)
-    return state
+            yield f"{prefix}experts.gate_up_proj", torch.cat([gate, up], 1).to("cpu", dtype)
+        del gate, up
+        down = _all_experts(layer, layer.experts.w2)
+        if first:
+            yield f"{prefix}experts.down_proj", down.to("cpu", dtype)
 
 
 def _beside_experts(model: nn.Module, layers: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

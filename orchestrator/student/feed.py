@@ -1,7 +1,8 @@
 """The training worker's side of the label log: the rows of each step, with their labels, as tensors.
 
-Follows the log while it is being written: the next shards are awaited and decoded in a thread, and how long training
-had to wait for them is counted.
+Follows the log while it is being written. One thread awaits the labels of the next steps and asks for their row groups, which
+another process reads and decodes (`student/decoder.py`); a second thread makes tensors of them. How long training had to wait
+is counted.
 """
 
 from __future__ import annotations
@@ -9,32 +10,34 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from orchestrator.errors import IntegrityError
 from orchestrator.labels.basis import bases_of
 from orchestrator.labels.codec import Codec
-from orchestrator.labels.layout import Arrays, Frame
+from orchestrator.labels.groups import Group, GroupSource
+from orchestrator.labels.layout import Frame, Shape
 from orchestrator.labels.targets import Targets
 from orchestrator.models.build import DTYPES, device
 from orchestrator.models.head import load_head
 from orchestrator.plan.batch import Batch
+from orchestrator.plan.order import Row
 from orchestrator.plan.schedule import scheduled
 from orchestrator.spec.labels import HiddenLabels
 from orchestrator.store.files import Store, local_folder
 from orchestrator.store.label_log import LabelLog
-from orchestrator.store.shards import TokenShard, read_tokens
+from orchestrator.student.decoder import Decoder
 from orchestrator.student.job import TrainingJob
 
 CHECK_STOP_S = 1.0
-STEPS_AHEAD = 2
-SHARDS_KEPT = 4
+STEPS_REQUESTED, STEPS_READY = 4, 2
+"""How many steps ahead of training row groups are asked for, and tensors made. A group serves several steps, so the groups of
+new places all come due at once; they are decoded while these steps are trained."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,58 @@ class MicroBatch:
     """One forward pass of one worker."""
 
     ids: torch.Tensor
-    """[rows, seq + 1]"""
+    """[rows, seq + 1]; int32 while it waits, int64 on its device."""
     soft: Targets | None
     """tensors [rows, seq, ...]"""
     features: dict[str, torch.Tensor]
     """The teacher's inner features by name, [rows, seq, width]."""
     mask: Mask | None = None
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        """The same with `change` applied to every tensor that has an entry per row."""
+        return MicroBatch(
+            change(self.ids),
+            None if self.soft is None else self.soft.map(change),
+            {name: change(values) for name, values in self.features.items()},
+            None if self.mask is None else self.mask.map(change),
+        )
 
-@dataclass
-class _Shard:
-    tokens: TokenShard
-    labels: Arrays
+    def on(self, place: torch.device) -> MicroBatch:
+        """On a device, where ids become the int64 that torch indexes with.
+
+        The mask stays: to learn which targets are learnt must not wait for a device.
+        """
+        moved = self.map(lambda t: _wide(t.to(place, non_blocking=True)))
+        return replace(moved, mask=self.mask)
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.long() if values.dtype == torch.int32 else values
+
+
+def _narrow(values: torch.Tensor) -> torch.Tensor:
+    return values.int() if values.dtype == torch.int64 else values
+
+
+T = TypeVar("T")
+Passing = queue.Queue[T | BaseException]
+"""From one thread to the next: items, or what ended the thread."""
+
+
+class _Place(NamedTuple):
+    """A row of a step: its row group, and which row of that."""
+
+    shard: int
+    group: int
+    row: int
+
+
+class _Requested(NamedTuple):
+    """A step whose row groups have been asked for."""
+
+    step: int
+    places: list[_Place]
+    groups: dict[tuple[int, int], Future[Group]]
 
 
 class Feed:
@@ -91,19 +134,27 @@ class Feed:
         """Told, before each step is read, how many shards of the demand training needs by then."""
         self._order = job.order
         self._micro_rows = Batch.of(job.train).micro_rows
-        self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._log = LabelLog(store, job.soft.log_key) if job.soft else None
         self._codec = _codec(store, job) if job.soft and labels else None
+        self._pinned = device(job.train.gpus_per_worker).type == "cuda"
+        self._demand = self._order.shards_until(job.steps)
+        self._awaited = np.zeros(len(job.manifest.train), np.bool_)
+        """Of each shard, whether its labels are known to be there."""
 
     def steps(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, its micro-batches) from step `first` to the end of training.
 
         Raises what reading met, `ResumableError` if the labels will not come, and `IntegrityError` for damaged shards.
         """
-        ready: queue.Queue[tuple[int, list[MicroBatch]] | BaseException] = queue.Queue(STEPS_AHEAD)
+        requested: Passing[_Requested] = queue.Queue(STEPS_REQUESTED)
+        ready: Passing[Step] = queue.Queue(STEPS_READY)
         stop = threading.Event()
-        reader = threading.Thread(target=self._read, args=(first, ready, stop), name="feed", daemon=True)
-        reader.start()
+        decoder = Decoder(self._source())
+        for work in (
+            lambda: self._request(first, decoder, requested, stop),
+            lambda: self._make(requested, ready, stop),
+        ):
+            threading.Thread(target=work, name="feed", daemon=True).start()
         try:
             for _ in range(first, self._job.steps):
                 started = time.perf_counter()
@@ -114,61 +165,102 @@ class Feed:
                 yield item
         finally:
             stop.set()
+            decoder.close()
 
-    def _read(self, first: int, ready: queue.Queue[object], stop: threading.Event) -> None:
+    def _source(self) -> GroupSource:
+        job = self._job
+        shape = Shape(job.vocab_size, job.manifest.seq_len)
+        if job.soft is None or self._codec is None:
+            return GroupSource(self._store, job.manifest.train, None, None, shape)
+        return GroupSource(self._store, job.manifest.train, job.soft.log_key, job.soft.labels, shape)
+
+    def _request(self, first: int, decoder: Decoder, requested: Passing[_Requested], stop: threading.Event) -> None:
+        """Ask for the row groups of one step after another; each once, as long as every step needs it."""
         try:
+            groups: dict[tuple[int, int], Future[Group]] = {}
+            known = self._order.shard_count_until(first)
             for step in range(first, self._job.steps):
-                self._reached(self._order.shard_count_until(step + 1))  # before their labels are waited for
-                rows = self._order.share(step, self._rank, self._job.train.data_parallel)
-                parts = [rows[i : i + self._micro_rows] for i in range(0, len(rows), self._micro_rows)]
-                micro = [self._gather(step, part) for part in parts]
-                while not stop.is_set():
-                    try:
-                        ready.put((step, micro), timeout=CHECK_STOP_S)
-                        break
-                    except queue.Full:
-                        continue
-                if stop.is_set():
+                count = self._order.shard_count_until(step + 1)
+                self._reached(count)  # before their labels are waited for
+                places = [self._place(row) for row in self._order.share(step, self._rank, self._job.train.data_parallel)]
+                # Not only those of this rank: who enters a step waits in collectives for all others, and a collective that
+                # waits for a teacher runs into its timeout. So every rank waits here for the labels of the whole step.
+                self._await([*self._demand[known:count], *(place.shard for place in places)])
+                known = max(known, count)
+                groups = {
+                    key: groups.get(key) or decoder.group(*key) for key in dict.fromkeys((p.shard, p.group) for p in places)
+                }
+                if not _put(requested, _Requested(step, places, groups), stop):
                     return
         except BaseException as error:
-            ready.put(error)
+            _put(requested, error, stop)
 
-    def _gather(self, step: int, rows: list[tuple[int, int]]) -> MicroBatch:
-        shards = {shard: self._shard(shard) for shard in dict.fromkeys(s for s, _ in rows)}
-        ids = torch.from_numpy(np.stack([shards[s].tokens.ids[r] for s, r in rows])).long()
-        mask = self._mask([shards[s].tokens.loss_mask for s, _ in rows], rows)
-        if self._codec is None:
-            return MicroBatch(ids, None, {}, mask)
-        assert self._job.soft is not None
-        labels = {name: np.stack([shards[s].labels[name][r] for s, r in rows]) for name in shards[rows[0][0]].labels}
-        temperature = scheduled(self._job.soft.objective.temperature, step, self._job.steps)
-        return MicroBatch(ids, self._codec.targets(labels, temperature), self._codec.features(labels), mask)
+    def _place(self, row: Row) -> _Place:
+        return _Place(row.shard, *divmod(row.row, self._job.manifest.group_rows))
 
-    def _mask(self, masks: list[npt.NDArray[np.bool_] | None], rows: list[tuple[int, int]]) -> Mask | None:
-        kept = [mask[row] for mask, (_, row) in zip(masks, rows, strict=True) if mask is not None]
-        return Mask(torch.from_numpy(np.stack(kept)), self._job.manifest.target_share) if kept else None
-
-    def _shard(self, shard: int) -> _Shard:
-        if shard in self._shards:
-            self._shards.move_to_end(shard)
-            return self._shards[shard]
-        tokens = read_tokens(self._store, f"{self._job.data_folder}/train", self._job.manifest.train[shard])
-        loaded = _Shard(tokens, self._labels(shard, tokens))
-        self._shards[shard] = loaded
-        if len(self._shards) > SHARDS_KEPT:
-            self._shards.popitem(last=False)
-        return loaded
-
-    def _labels(self, shard: int, tokens: TokenShard) -> Arrays:
+    def _await(self, shards: list[int]) -> None:
+        """Wait until all `shards` are labelled."""
         if self._log is None:
-            return {}
-        record = self._log.awaited(shard, self._aborted)
-        if self._codec is None:
-            return {}
+            return
+        for shard in shards:
+            if not self._awaited[shard]:
+                self._log.awaited(shard, self._aborted)
+                self._awaited[shard] = True
+
+    def _make(self, requested: Passing[_Requested], ready: Passing[Step], stop: threading.Event) -> None:
+        """Make tensors of one step after another."""
         try:
-            return self._codec.unpack(self._log.read(shard, record, tokens))
-        except ValueError as error:
-            raise IntegrityError(f"label shard {shard}: {error}") from error
+            while not stop.is_set():
+                item = _get(requested, stop)
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                groups = {key: future.result() for key, future in item.groups.items()}
+                parts = [item.places[i : i + self._micro_rows] for i in range(0, len(item.places), self._micro_rows)]
+                micro = [self._gather(item.step, part, groups) for part in parts]
+                if not _put(ready, (item.step, micro), stop):
+                    return
+        except BaseException as error:
+            _put(ready, error, stop)
+
+    def _gather(self, step: int, places: list[_Place], groups: dict[tuple[int, int], Group]) -> MicroBatch:
+        found = [(groups[p.shard, p.group], p.row) for p in places]
+        ids = torch.from_numpy(np.stack([group.tokens.ids[row] for group, row in found]))
+        masks = [group.tokens.loss_mask[row] for group, row in found if group.tokens.loss_mask is not None]
+        mask = Mask(torch.from_numpy(np.stack(masks)), self._job.manifest.target_share) if masks else None
+        micro = MicroBatch(ids, None, {}, mask)
+        if self._codec is not None:
+            assert self._job.soft is not None
+            labels = {name: np.stack([group.labels[name][row] for group, row in found]) for name in found[0][0].labels}
+            temperature = scheduled(self._job.soft.objective.temperature, step, self._job.steps)
+            micro = replace(micro, soft=self._codec.targets(labels, temperature), features=self._codec.features(labels))
+        micro = micro.map(_narrow)
+        return micro.map(torch.Tensor.pin_memory) if self._pinned else micro
+
+
+Step = tuple[int, list[MicroBatch]]
+
+
+def _put(queue_: Passing[T], item: T | BaseException, stop: threading.Event) -> bool:
+    """Whether `item` was passed on before `stop` was set."""
+    while not stop.is_set():
+        try:
+            queue_.put(item, timeout=CHECK_STOP_S)
+            return True
+        except queue.Full:
+            continue
+    return False
+
+
+def _get(queue_: Passing[T], stop: threading.Event) -> T | BaseException | None:
+    """The next item; None once `stop` is set."""
+    while not stop.is_set():
+        try:
+            return queue_.get(timeout=CHECK_STOP_S)
+        except queue.Empty:
+            continue
+    return None
 
 
 def _codec(store: Store, job: TrainingJob) -> Codec:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from orchestrator.errors import IntegrityError
 from orchestrator.labels.codec import Codec
-from orchestrator.labels.layout import Arrays, Frame
+from orchestrator.labels.layout import Arrays, Frame, join
 from orchestrator.losses.objective import Mixture
 from orchestrator.losses.schedule import combined
 from orchestrator.plan.batch import Batch
@@ -84,7 +84,7 @@ def _own_share(
             Codec(evaluation.log.labels, Frame(job.vocab_size, job.manifest.seq_len)),
         )
         try:
-            labels = codec.unpack(log.read(0, log.awaited(0, aborted), tokens))
+            labels = join([codec.unpack(group) for group in log.read(0, log.awaited(0, aborted), tokens)])
         except ValueError as error:
             raise IntegrityError(f"label log {log.key}, of held-out rows: {error}") from error
     found: list[MicroBatch] = []

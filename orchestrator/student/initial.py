@@ -25,7 +25,7 @@ from orchestrator.models.share import plainly_named
 from orchestrator.models.upcycle import upcycle
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.spec.model import CheckpointStudent, PrunedStudent, UpcycledStudent
-from orchestrator.store.files import Store
+from orchestrator.store.files import HeldElsewhere, Lock, StillOurs, Store
 from orchestrator.store.records import MODEL, ModelFolder, TokenManifest, describe_folder, finish_model, finished_model
 from orchestrator.store.shards import read_tokens
 from orchestrator.student.job import Initial
@@ -98,18 +98,19 @@ def finished_initial(origin: Origin) -> Initial | None:
     return None if done is None else Initial(folder=done.address, content=done.manifest.content)
 
 
-def make_initial(origin: Origin) -> Initial:
-    """Make the first weights; raises `SpecError` for an architecture or sizes that do not allow it."""
-    with origin.store.exclusive(f"{origin.stage}/lock"):
-        ray.get(_make_task.remote(origin))
-        done = finish_model(origin.store, origin.stage, origin.vocab_size, {})
+def make_initial(origin: Origin, lock: Lock) -> Initial:
+    """Make the first weights, under the lock of their stage; raises `SpecError` for an architecture or sizes that do not
+    allow it, and `LockedError` if the lock was lost meanwhile."""
+    ray.get(_make_task.remote(origin, HeldElsewhere(origin.store, f"{origin.stage}/lock", lock.token)))
+    lock()
+    done = finish_model(origin.store, origin.stage, origin.vocab_size, {})
     return Initial(folder=done.address, content=done.manifest.content)
 
 
 @ray.remote(num_cpus=1)
-def _make_task(origin: Origin) -> None:
+def _make_task(origin: Origin, still_ours: StillOurs) -> None:
     made = None if _as_it_is(origin) else _made(origin)
-    with origin.store.folder_for(f"{origin.stage}/{MODEL}") as folder:
+    with origin.store.folder_for(f"{origin.stage}/{MODEL}", still_ours) as folder:
         if made is not None:
             made.save_pretrained(folder, save_original_format=False)
         else:
@@ -139,7 +140,7 @@ def _made(origin: Origin) -> PreTrainedModel:
 def _rows(origin: Origin, count: int) -> torch.Tensor:
     """The first `count` training windows, [count, seq], or all there are."""
     parts: list[torch.Tensor] = []
-    for record in origin.manifest.train:
+    for record in origin.manifest.train.records(origin.store):
         parts.append(torch.from_numpy(read_tokens(origin.store, origin.token_folder, record).ids[:, :-1]).long())
         if sum(map(len, parts)) >= count:
             break

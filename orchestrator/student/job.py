@@ -11,10 +11,12 @@ from orchestrator.spec.labels import Labels
 from orchestrator.spec.model import Model
 from orchestrator.spec.objective import Objective
 from orchestrator.spec.train import Train
+from orchestrator.store.files import Store
 from orchestrator.store.heldout import HeldoutLog
 from orchestrator.store.records import Record, TokenManifest
 
-TRAINING_VERSION = 4
+CHECKPOINT_PREFIX = "step-"
+TRAINING_VERSION = 5
 """Raised when the code makes other weights of the same job."""
 
 
@@ -107,8 +109,15 @@ class TrainingJob:
 
     @property
     def order(self) -> TrainingOrder:
-        return TrainingOrder(self.manifest.shard_rows, self.seed, self.train.global_batch)
+        manifest = self.manifest
+        return TrainingOrder(manifest.train.rows, manifest.group_rows, self.seed, self.train.global_batch, self.steps)
 
     def demanded_shards(self) -> list[int]:
         """Token shards that training will touch, in the order of first use."""
         return self.order.shards_until(self.steps)
+
+
+def checkpoint_steps(store: Store, checkpoints: str) -> list[int]:
+    """Steps of the published checkpoints in the folder `checkpoints`, intact or not, ascending."""
+    names = [name for name in store.keys(checkpoints) if name.startswith(CHECKPOINT_PREFIX)]
+    return sorted(int(name.removeprefix(CHECKPOINT_PREFIX)) for name in names)

@@ -5,72 +5,102 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
-from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import DEFAULT_WORKER_GROUP_START_TIMEOUT_S as START_S
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from orchestrator.errors import BROKEN_LINK, EnvironmentFault, ResumableError, find_user_error
-from orchestrator.store.files import Store
+from orchestrator.errors import EnvironmentFault, ResumableError, one_line
+from orchestrator.faults import RETRIED, Fault, diagnose
+from orchestrator.store.files import HeldElsewhere, Lock, StillOurs, Store
+from orchestrator.store.once import Made, Waiting, make_once
 from orchestrator.store.records import ModelFolder, finished_model
-from orchestrator.student.job import TrainingJob
+from orchestrator.student.job import TrainingJob, checkpoint_steps
 from orchestrator.tracking import names
 
 
-def train_model(store: Store, job: TrainingJob, board: Any, tokenizer_folder: str, warn: Callable[[str], None]) -> ModelFolder:
-    """Train `job`, or continue it from its newest checkpoint; returns the finished model.
+@dataclass(frozen=True)
+class Host:
+    """The run that a training belongs to, as far as it needs to know it."""
 
-    Raises what the training itself raised, `EnvironmentFault` if there is no room for its workers, and `ResumableError` once
-    they have died more often than `train.max_restarts` allows. Restarts are counted here and not in Ray Train, which cannot
-    tell a user's error from a dead worker, and keeps its own checkpoints; ours are found again by any later run.
+    store: Store
+    board: Any
+    tokenizer_folder: str
+    say: Callable[[str], None]
+    warn: Callable[[str], None]
+
+
+def train_model(host: Host, job: TrainingJob, awaits_room: Callable[[], bool] = lambda: False) -> Made[ModelFolder]:
+    """Train `job`, or continue it from its newest checkpoint. If another run is training the same, wait for its result.
+
+    While `awaits_room` is true, the workers wait for room on the cluster without a limit. Raises what the training itself
+    raised, `EnvironmentFault` if there is no room for its workers, and `ResumableError` once they have failed more often in a
+    row than `train.max_restarts` allows. Restarts are counted here and not in Ray Train, which cannot tell a user's error
+    from a dead worker, and keeps its own checkpoints; ours are found again by any later run.
     """
-    config = {"store": store, "job": job, "board": board, "tokenizer_folder": tokenizer_folder}
-    with store.exclusive(f"{job.folder}/lock"):
-        for attempt in range(job.train.max_restarts + 1):
-            try:
-                _fit(job, config)
-                break
-            except Exception as error:
-                final = find_user_error(error) or _no_room(error, job) or _programming_error(error, job.train.workers == 1)
-                if final is not None:
-                    raise final from error
-                aborted: str | None = ray.get(board.aborted.remote())
-                if aborted:
-                    raise ResumableError(f"{job.stage}: a training worker died, and the run is ending: {aborted}") from error
-                if attempt == job.train.max_restarts:
-                    raise ResumableError(f"{job.stage}: training workers died {attempt + 1} times: {error}") from error
-                warn(f"{job.stage}: a training worker died; retry {attempt + 1}/{job.train.max_restarts}")
-                board.post.remote(names.stage_id(job.stage, job.key), [(0, {names.RESTARTS: 1.0})])
-    model = finished_model(store, job.folder)
-    assert model is not None
-    return model
+
+    lock_key = f"{job.folder}/lock"
+
+    def aborted() -> str | None:
+        return ray.get(host.board.aborted.remote())
+
+    def train(lock: Lock) -> ModelFolder:
+        _until_done(host, job, HeldElsewhere(host.store, lock_key, lock.token), awaits_room, aborted)
+        lock()
+        model = finished_model(host.store, job.folder)
+        assert model is not None
+        return model
+
+    waiting = Waiting(lambda text: host.say(f"{job.stage}: {text}"), aborted)
+    return make_once(host.store, lock_key, lambda: finished_model(host.store, job.folder), train, waiting)
 
 
-def _no_room(error: Exception, job: TrainingJob) -> EnvironmentFault | None:
-    """What to say where workers never started, because the cluster had no room for them."""
-    if not isinstance(error, ControllerError) or not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-        return None
+def _until_done(
+    host: Host, job: TrainingJob, still_ours: StillOurs, awaits_room: Callable[[], bool], aborted: Callable[[], str | None]
+) -> None:
+    """Start the worker group, and again after each failure that another attempt may mend.
+
+    A new checkpoint renews the budget of such failures: a week on a thousand devices meets many.
+    """
+    config = {"store": host.store, "job": job, "board": host.board, "tokenizer_folder": host.tokenizer_folder}
+    config["still_ours"] = still_ours
+    failures, reached = 0, _newest_step(host.store, job)
+    while True:
+        patient = awaits_room()
+        try:
+            return _fit(job, config)
+        except Exception as error:
+            fault, cause = diagnose(error, alone=job.train.workers == 1)
+            if fault is Fault.NO_ROOM and patient and not aborted():
+                continue
+            if not RETRIED[fault]:
+                raise (_no_room(job) if fault is Fault.NO_ROOM else cause) from error
+            told = f"{fault.value}: {one_line(str(cause))}"
+            reason = aborted()
+            if reason:
+                raise ResumableError(f"{job.stage}: the run is ending ({reason}), and {told}") from error
+            now = _newest_step(host.store, job)
+            failures, reached = (1 if now > reached else failures + 1), now
+            if failures > job.train.max_restarts:
+                raise ResumableError(f"{job.stage}: failed {failures} times without getting past step {now}; {told}") from error
+            host.warn(f"{job.stage}: {told}; retry {failures}/{job.train.max_restarts} from step {now}")
+            host.board.post.remote(names.stage_id(job.stage, job.key), [(0, {names.RESTARTS: 1.0})])
+
+
+def _newest_step(store: Store, job: TrainingJob) -> int:
+    return max(checkpoint_steps(store, f"{job.folder}/checkpoints"), default=0)
+
+
+def _no_room(job: TrainingJob) -> EnvironmentFault:
     train, free = job.train, ray.available_resources()
     return EnvironmentFault(
         f"{job.stage}: no room for {train.workers} workers of {train.cpus_per_worker:g} CPU and {train.gpus_per_worker:g} GPU "
         f"each in {train.placement_timeout_s:g} s; free are {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
     )
-
-
-def _programming_error(error: Exception, alone: bool) -> Exception | None:
-    """The exception of a worker that trying again would only repeat.
-
-    A worker that died is reported by an exception of Ray's, and to its neighbours, if it was not `alone`, as a broken
-    connection, which torch raises as a RuntimeError that says so. Whatever else a worker raised is a bug.
-    """
-    failures: list[Exception] = list(getattr(error, "worker_failures", {}).values())
-    raised = [e for e in failures if not type(e).__module__.startswith("ray.")]
-    bugs = [e for e in raised if alone or not (isinstance(e, RuntimeError) and BROKEN_LINK.search(str(e)))]
-    return bugs[0] if bugs else None
 
 
 def _fit(job: TrainingJob, config: dict[str, Any]) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orchestrator.errors import ResumableError
 from orchestrator.plan.length import progress_figures
 from orchestrator.plan.schedule import learning_rate
 from orchestrator.runtime.board import FIRST_STEP
 from orchestrator.student.feed import Feed
 from orchestrator.student.job import TrainingJob
+from orchestrator.student.step import StepResult
 from orchestrator.tracking import names
 
 POST_EVERY_S = 1.0
@@ -28,7 +28,7 @@ class Meter:
 
     def __init__(self, job: TrainingJob, board: Any, feed: Feed) -> None:
         self._job, self._board, self._feed = job, board, feed
-        self._pending: list[tuple[int, torch.Tensor, float, torch.Tensor | None, dict[str, float]]] = []
+        self._pending: list[tuple[int, StepResult, Any, torch.Tensor | None, dict[str, float]]] = []
         self._steps = self._done = 0
         self._last_loss = math.nan
         self._first_step_s = 0.0
@@ -36,7 +36,8 @@ class Meter:
         self._started = self._flushed = time.perf_counter()
         self._waited = 0.0
         self._aside_s = self._flushed_aside_s = self._first_aside_s = 0.0
-        self.saved()
+        self._stalled_s = 0.0
+        self.saved(time.time(), 0.0)
 
     @contextmanager
     def aside(self, device: torch.device) -> Generator[None]:
@@ -48,27 +49,29 @@ class Meter:
         self._aside_s += time.perf_counter() - started
 
     def add(
-        self, step: int, terms: torch.Tensor, grad_norm: Any, routing: torch.Tensor | None, heldout: dict[str, float]
+        self, step: int, result: StepResult, grad_norm: Any, routing: torch.Tensor | None, heldout: dict[str, float]
     ) -> None:
-        """Take the figures of one step: means of `TERMS` [5], the gradient's norm or None, those of routers [3], and the
-        metrics of an evaluation after it."""
-        self._pending.append((step, terms, math.nan if grad_norm is None else float(grad_norm), routing, heldout))
+        """Take the figures of one step: its result, the gradient's norm or None, those of routers [3], and the metrics of an
+        evaluation after it.
+
+        Tensors stay on their device, and nobody waits for it, until they are posted some steps later.
+        """
+        self._pending.append((step, result, grad_norm, routing, heldout))
         self._steps, self._done = self._steps + 1, step + 1
         if self._steps == 1:
+            self.flush()
             self._first_step_s, self._first_wait_s = time.perf_counter() - self._started, self._feed.waited_s
             self._first_aside_s = self._aside_s
             if dist.get_rank() == 0:
                 self._board.set_progress.remote(f"{self._job.stage}.{FIRST_STEP}", time.time())
-        if self._steps == 1 or (dist.get_rank() == 0 and time.perf_counter() - self._flushed >= POST_EVERY_S):
+        elif dist.get_rank() == 0 and time.perf_counter() - self._flushed >= POST_EVERY_S:
             self.flush()
 
     def flush(self) -> None:
-        """Check and post what has been added; raises `ResumableError` for a loss that is not finite.
-
-        Called on every rank before a checkpoint is written, so that no checkpoint holds what such a loss did.
-        """
+        """Post what has been added."""
         if not self._pending:
             return
+        points = [self._point(*pending) for pending in self._pending]  # which waits for the device, so that time is taken after
         now, tokens = time.perf_counter(), self._job.train.global_batch * self._job.manifest.seq_len * len(self._pending)
         waited = self._feed.waited_s - self._waited
         elapsed = now - self._flushed - (self._aside_s - self._flushed_aside_s)
@@ -79,15 +82,20 @@ class Meter:
             names.TRAIN_TOKENS: tokens,
             names.TRAIN_BUSY_S: elapsed - waited,
         }
-        points = [self._point(*pending) for pending in self._pending]
+        if self._stalled_s:
+            pace[names.CHECKPOINT_STALL_S] = self._stalled_s
         points[-1][1].update(pace)
         self._post(points)
         self._pending, self._flushed, self._waited = [], now, self._feed.waited_s
-        self._flushed_aside_s = self._aside_s
+        self._flushed_aside_s, self._stalled_s = self._aside_s, 0.0
 
-    def saved(self) -> None:
-        """Say that all that was done so far would outlast this process."""
-        self._post([(0, {names.LAST_CHECKPOINT_TIME_S: time.time()})])
+    def saved(self, at_s: float, stalled_s: float) -> None:
+        """Record that a checkpoint of the state at `at_s`, in seconds since 1970, has become durable.
+
+        Training stood still for that for `stalled_s`, which belongs to its time.
+        """
+        self._stalled_s += stalled_s
+        self._post([(0, {names.LAST_CHECKPOINT_TIME_S: at_s})])
 
     def summary(self) -> dict[str, float]:
         """Figures of this training as a whole, for its manifest; speeds of a resumed one, since it was resumed.
@@ -107,18 +115,17 @@ class Meter:
         }
 
     def _point(
-        self, step: int, terms: torch.Tensor, grad_norm: float, routing: torch.Tensor | None, heldout: dict[str, float]
+        self, step: int, result: StepResult, grad_norm: Any, routing: torch.Tensor | None, heldout: dict[str, float]
     ) -> tuple[int, dict[str, float]]:
-        loss, ce, kd, inner, ahead = terms.tolist()
-        if not math.isfinite(loss):
-            self._post([(step, {names.NONFINITE_LOSSES: 1.0})])
-            raise ResumableError(f"{self._job.stage}: the loss of step {step} is not finite; the last checkpoint is kept")
+        if not result.applied:
+            return step, heldout
+        loss, ce, kd, inner, ahead = result.means.tolist()
         self._last_loss = loss
         figures = {
             names.LOSS: loss,
             names.CE_NATS: ce,
             names.LEARNING_RATE: learning_rate(self._job.train, step),
-            names.GRAD_NORM: grad_norm,
+            names.GRAD_NORM: math.nan if grad_norm is None else float(grad_norm),
         }
         if self._job.soft is not None:
             figures[names.KD_NATS] = kd

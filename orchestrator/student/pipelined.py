@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,9 @@ from orchestrator.student.distiller import TERMS, head_loss, start_model
 from orchestrator.student.engine import join_group, start_engine
 from orchestrator.student.feed import MicroBatch
 from orchestrator.student.job import TrainingJob
+from orchestrator.student.ranks import gathered
+from orchestrator.student.sharded import on_cpu, once
+from orchestrator.student.step import StepResult
 
 CUT_AT = "type:block|final"
 """What DeepSpeed spreads evenly over the stages: blocks, and the norm with the head as one more of them."""
@@ -49,34 +53,33 @@ class Pipelined:
         self._data_ranks: int = self.engine.grid.data_parallel_size
         self.reads_labels: bool = self.engine.is_last_stage()
 
-    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
+    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> StepResult:
         self._loss.begin(mixture, micro_batches)
-        self.engine.train_batch(iter([(micro.ids[:, :-1], None) for micro in micro_batches]))
-        terms = self._loss.terms or [torch.zeros(TERMS, device=self.engine.device)]
-        mean = torch.stack(terms).mean(0) / self._data_ranks
+        self.engine.train_batch(iter([(micro.ids[:, :-1].long(), None) for micro in micro_batches]))
+        terms = torch.stack(self._loss.terms or [torch.zeros(TERMS, device=self.engine.device)])
+        mean = terms.mean(0) / self._data_ranks
         dist.all_reduce(mean)
-        return mean
+        losses = terms[:, 0] if self.reads_labels else terms[:0, 0]
+        return StepResult(mean, losses, self.engine.was_step_applied())
 
     def measure(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
         raise AssertionError("a job that asks a pipeline for evaluations is refused")
 
-    def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        everything = module.state_dict(keep_vars=True)
-        held = {name: value for name, value in everything.items() if not value.is_meta}
-        holders: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(holders, list(held))
-        state: dict[str, torch.Tensor] = {}
-        for name, value in everything.items():
-            kept = dtype if isinstance(value, nn.Parameter) else value.dtype
+    def tensors(self, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        everything = once(module.state_dict(keep_vars=True))
+        holders = gathered([name for name, value in everything if not value.is_meta])
+        for name, value in everything:
             holder = next(rank for rank, names in enumerate(holders) if name in names)
-            if dist.get_rank() == 0:
-                whole = held[name].detach() if holder == 0 else torch.empty_like(value, dtype=kept, device=self.engine.device)
-                if holder != 0:
-                    dist.recv(whole, src=holder)
-                state[name] = whole.to("cpu", kept)
+            if dist.get_rank() == holder == 0:
+                yield name, on_cpu(value, dtype)
+            elif dist.get_rank() == 0:
+                kept = dtype if isinstance(value, nn.Parameter) else value.dtype
+                whole = torch.empty_like(value, dtype=kept, device=self.engine.device)
+                dist.recv(whole, src=holder)
+                yield name, whole.cpu()
             elif dist.get_rank() == holder:
-                dist.send(held[name].detach().to(kept).contiguous(), dst=0)
-        return state
+                kept = dtype if isinstance(value, nn.Parameter) else value.dtype
+                dist.send(value.detach().to(kept).contiguous(), dst=0)
 
 
 class _Loss:
@@ -94,10 +97,8 @@ class _Loss:
         self._mixture, self._coming, self.terms = mixture, iter(micro_batches), []
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        micro, on = next(self._coming), hidden.device
-        soft = None if micro.soft is None else micro.soft.map(lambda t: t.to(on))
-        mask = None if micro.mask is None else micro.mask.map(lambda t: t.to(on))
-        means = head_loss(self._model, hidden, micro.ids.to(on), self._mixture, soft, mask)
+        micro = next(self._coming).on(hidden.device)
+        means = head_loss(self._model, hidden, micro.ids, self._mixture, micro.soft, micro.mask)
         self.terms.append(torch.cat([means.detach(), means.new_zeros(TERMS - len(means))]))
         return means[0]
 

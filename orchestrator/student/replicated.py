@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,15 +11,16 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.losses.objective import Mixture
-from orchestrator.models.share import Share
 from orchestrator.spec.train import Expert
+from orchestrator.student._compat import step_left_out
 from orchestrator.student.balance import Balance, Experts
 from orchestrator.student.distiller import Distiller, build_distiller
 from orchestrator.student.engine import join_group, start_engine
-from orchestrator.student.experts import check_experts, experts_in_sight, whole_expert_state
+from orchestrator.student.experts import check_experts, expert_tensors, experts_in_sight
 from orchestrator.student.feed import MicroBatch
 from orchestrator.student.job import TrainingJob
-from orchestrator.student.sharded import even_share, partition
+from orchestrator.student.sharded import complete, even_share, on_cpu, once, partition
+from orchestrator.student.step import StepResult
 
 
 class Replicated:
@@ -27,7 +30,7 @@ class Replicated:
 
     def __init__(self, job: TrainingJob) -> None:
         join_group()
-        distiller = build_distiller(job, self._share(job))
+        distiller = build_distiller(job, even_share)
         self.model, self.mtp = distiller.model, distiller.mtp
         experts = Experts.of(distiller)
         self.engine = self._start(distiller, job)
@@ -35,23 +38,31 @@ class Replicated:
         self.data_rank = dist.get_rank()
         self._zero_stage = job.train.parallel.stage
 
-    def _share(self, job: TrainingJob) -> Share | None:
-        """What this rank makes of the model; None for all of it."""
-        return even_share if job.train.parallel.stage == 3 else None
-
     def _start(self, distiller: Distiller, job: TrainingJob) -> Any:
         if job.train.parallel.stage == 3:
             partition(distiller, job.train)
+        else:
+            complete(distiller.model, job.train)
         return start_engine(distiller, job.train)
 
-    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
-        terms: list[torch.Tensor] = []
+    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> StepResult:
+        parts: list[torch.Tensor] = []
+        applied = True
         for micro in micro_batches:
-            terms.append(self._forward_backward(mixture, micro))
-            self.engine.step()
-        mean = torch.stack(terms).mean(0) / dist.get_world_size()
+            parts.append(self._forward_backward(mixture, micro))
+            applied = self._zero_stage > 0 or not self.engine.is_gradient_accumulation_boundary() or self._finite_gradient()
+            with nullcontext() if applied else step_left_out(self.engine.optimizer):
+                self.engine.step()
+        terms = torch.stack(parts)
+        mean = terms.mean(0) / dist.get_world_size()
         dist.all_reduce(mean)
-        return mean
+        return StepResult(mean, terms[:, 0], applied and self.engine.was_step_applied())
+
+    def _finite_gradient(self) -> bool:
+        """Whether the gradient of the whole batch is finite. The stages of ZeRO look themselves; without it, every rank has the
+        whole gradient, so all decide alike."""
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
     @torch.no_grad()
     def measure(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
@@ -66,41 +77,29 @@ class Replicated:
         return means.detach()
 
     def _forward(self, mixture: Mixture, micro: MicroBatch) -> torch.Tensor:
-        on = self.engine.device
-        soft = None if micro.soft is None else micro.soft.map(lambda t: t.to(on))
-        features = {name: states.to(on) for name, states in micro.features.items()}
-        mask = None if micro.mask is None else micro.mask.map(lambda t: t.to(on))
-        return self.engine(micro.ids.to(on), mixture, soft, features, mask)
+        micro = micro.on(self.engine.device)
+        return self.engine(micro.ids, mixture, micro.soft, micro.features, micro.mask)
 
-    def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        first = dist.get_rank() == 0
-        state = {
-            name: value.detach().to("cpu", dtype if isinstance(value, nn.Parameter) else None)
-            for name, value in (module.state_dict(keep_vars=True).items() if first else ())
-        }
-        if self._zero_stage < 3:
-            return state
-        import deepspeed
+    def tensors(self, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        from deepspeed import zero
 
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if first:
-                    state[name] = parameter.detach().to("cpu", dtype).clone()
-        return state
+        for name, value in once(module.state_dict(keep_vars=True)):
+            with zero.GatheredParameters([value]):  # which leaves alone what is whole already
+                whole = on_cpu(value, dtype) if dist.get_rank() == 0 else None
+            if whole is not None:
+                yield name, whole
 
 
 class ExpertParallel(Replicated):
     """Data parallel, with the experts of every block spread over groups of ranks (DeepSpeed AutoEP)."""
 
-    def _share(self, job: TrainingJob) -> Share | None:
-        return None  # AutoEP takes its part of the experts out of whole blocks
-
     def _start(self, distiller: Distiller, job: TrainingJob) -> Any:
         parallel = job.train.parallel
         assert isinstance(parallel, Expert)
+        complete(distiller.model, job.train)  # AutoEP takes its part of the experts out of whole blocks
         check_experts(distiller.model, parallel.size, "teacher.train" if job.stage == "teacher" else "train")
         with experts_in_sight(distiller, distiller.model):
             return start_engine(distiller, job.train)
 
-    def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return whole_expert_state(module, dtype)
+    def tensors(self, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        return expert_tensors(module, dtype)

@@ -1,12 +1,12 @@
-"""ZeRO-3 from the first byte on: no rank ever holds the whole model, not even while it starts.
+"""How a model starts on many ranks: no rank reads or draws more of it than a share of its own.
 
-Every rank makes the parameters of a share of its own. Then they go round: one after another each is whole on all ranks, just
-long enough for DeepSpeed to partition it.
+Then the parameters go round: one after another each is whole on all ranks, in the precision and on the device of training.
+Where every rank trains a whole model, it stays; under ZeRO-3 DeepSpeed partitions it before the next one comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,16 +26,20 @@ def even_share(model: PreTrainedModel) -> set[str]:
     return {name for name, rank in _makers(model).items() if rank == dist.get_rank()}
 
 
+def complete(model: PreTrainedModel, train: Train) -> None:
+    """Make `model`, of which each rank has its `even_share`, whole on all of them; called on every rank."""
+    for _ in _OneByOne(model, DTYPES[train.precision], _own_device()).parameters():
+        pass
+
+
 def partition(distiller: Distiller, train: Train) -> None:
     """Partition the model in `distiller`, of which each rank has its `even_share`, over all; called on every rank.
 
     What is beside the model is left to DeepSpeed, in the precision and on the device that it expects of a partitioned model.
     """
     import deepspeed
-    from deepspeed.accelerator import get_accelerator
 
-    accelerator: Any = get_accelerator()
-    dtype, device = DTYPES[train.precision], torch.device(accelerator.current_device_name())
+    dtype, device = DTYPES[train.precision], _own_device()
     deepspeed.zero.Init(module=_OneByOne(distiller.model, dtype, device), config_dict_or_path=deepspeed_config(train))
     for part in (distiller.inner, distiller.mtp):
         for parameter in part.parameters() if part is not None else ():
@@ -45,8 +49,31 @@ def partition(distiller: Distiller, train: Train) -> None:
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
+def once(state: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """The tensors in `state`, those that have several names under the first."""
+    first: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, value in state.items():
+        first.setdefault(id(value), (name, value))
+    return list(first.values())
+
+
+def on_cpu(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of `value` on the CPU; of `dtype`, if it is a parameter."""
+    return value.detach().to("cpu", dtype if isinstance(value, nn.Parameter) else value.dtype, copy=True)
+
+
+def _own_device() -> torch.device:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    return torch.device(accelerator.current_device_name())
+
+
 class _OneByOne(nn.Module):
-    """What `zero.Init` takes for a module: it partitions parameters as it goes through them, and they are made whole then."""
+    """Makes parameters whole as one goes through them.
+
+    It is a module because `zero.Init` takes one, and partitions the parameters that it goes through.
+    """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

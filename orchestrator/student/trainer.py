@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from orchestrator.student.feed import MicroBatch
 from orchestrator.student.job import TrainingJob
 from orchestrator.student.pipelined import Pipelined
 from orchestrator.student.replicated import ExpertParallel, Replicated
+from orchestrator.student.step import StepResult
 
 
 class Trainer(Protocol):
@@ -33,8 +34,8 @@ class Trainer(Protocol):
     reads_labels: bool
     """Whether this rank computes the loss."""
 
-    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
-        """One optimizer step: means of `TERMS` over the global batch, [5], on every rank."""
+    def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> StepResult:
+        """One optimizer step, which is left out on every rank if its gradient is not finite."""
         ...
 
     def measure(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> torch.Tensor:
@@ -44,8 +45,12 @@ class Trainer(Protocol):
         """
         ...
 
-    def whole_state(self, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The state of `module`, the model or a part of it, unsharded, on the CPU of rank 0; called on every rank."""
+    def tensors(self, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers of `module`, the model or a part of it, one after another: whole, on the CPU of rank 0.
+
+        Called on every rank and gone through to the end; on the others nothing comes. Parameters are of `dtype`. Names are
+        transformers', and a tied parameter comes once, under its first name.
+        """
         ...
 
 

@@ -1,4 +1,4 @@
-"""What a teacher is to the rest: ids in, an answer out."""
+"""The interface of a teacher, ids in and an answer out, and the teacher that transformers computes."""
 
 from __future__ import annotations
 
@@ -20,60 +20,65 @@ from orchestrator.store.files import local_folder
 
 class Teacher(Protocol):
     def answer(self, ids: torch.Tensor) -> Answer:
-        """What it says about `ids` [rows, seq]: position t is about ids[t + 1]."""
+        """Return the teacher's answer about `ids` [rows, seq]; position t is about ids[t + 1]."""
         ...
 
 
 @dataclass(frozen=True)
 class Replica:
-    """What a replica of a teacher consists of."""
+    """The model of a teacher replica, and the processes that hold it."""
 
     model: str
-    """Address of its folder."""
+    """The address of the model's folder."""
     dtype: Literal["bf16", "fp32"]
     features: tuple[str, ...] = ()
-    """Names of what is taken from inner layers."""
+    """The names of the inner features that the teacher tells."""
     shards: int = 1
     cpus: float = 1
-    """Of each shard, as Ray counts; and so are GPUs."""
+    """The CPUs of each shard, as Ray counts them."""
     gpus: float = 0
+    """The GPUs of each shard."""
     patience_s: float = 60
-    """A shard that shows no sign of life for so long is lost."""
+    """Seconds without a sign of life after which a shard counts as lost."""
+    call_s: float = 1800
+    """Seconds after which a call into a sharded model, loading it or one pass, counts as hung."""
 
     @property
     def threads(self) -> int:
-        """Of each shard."""
+        """The threads of each shard."""
         return max(1, int(self.cpus))
 
 
 class TransformersBackend:
-    """A causal LM of transformers in this process, or this process's share of one."""
+    """A causal LM of transformers in this process, or the share of one that this process holds."""
 
     def __init__(self, replica: Replica) -> None:
-        """Of several shards, every process of the default process group must make one, and call it together from then on."""
+        """Load the model. Where there are several shards, all processes of the default process group must do so, and call
+        `answer` together from then on."""
         folder, on = local_folder(replica.model), device(replica.gpus)
         _check_room(folder, replica.dtype, on, replica.shards)
         alone = replica.shards == 1
-        self._model = load_model(folder, replica.dtype, on) if alone else load_share(folder, replica.dtype, on)
-        head = output_head(self._model)
+        self.model = load_model(folder, replica.dtype, on) if alone else load_share(folder, replica.dtype, on)
+        """The whole model, or this process's share of it."""
+        head = output_head(self.model)
         self.head = head if alone else ShardedHead(head)
-        check_head(self._model, "teacher", self.head)
-        feature_widths(self._model, replica.features, "labels.features")
+        check_head(self.model, "teacher", self.head)
+        feature_widths(self.model, replica.features, "labels.features")
         self._features = replica.features
 
     @torch.inference_mode()
     def answer(self, ids: torch.Tensor) -> Answer:
-        with captured(self._model, self._features, "labels.features") as found:
-            hidden = last_hidden(self._model, ids.to(self._model.device))
+        with captured(self.model, self._features, "labels.features") as found:
+            hidden = last_hidden(self.model, ids.to(self.model.device))
         return Answer(hidden, self.head, self.head.vocab_size, found)
 
     def empty(self, shape: torch.Size) -> torch.Tensor:
-        """Room for hidden states of this teacher."""
-        return torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
+        """Return an uninitialized tensor for hidden states of this teacher."""
+        return torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
 
 
 def _check_room(folder: Path, dtype: str, on: torch.device, shards: int) -> None:
-    """Raise `EnvironmentFault` if this process's share of the weights is more than there is memory where it works."""
+    """Raise `EnvironmentFault` if this process's share of the weights does not fit into the free memory of its device."""
     need = sum(weight.numel() for weight in outline(folder).parameters()) * DTYPES[dtype].itemsize // shards
     free = torch.cuda.mem_get_info()[0] if on.type == "cuda" else psutil.virtual_memory().available
     if need > free:

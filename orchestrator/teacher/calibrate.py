@@ -12,45 +12,51 @@ from orchestrator.runtime.environment import limit_threads
 from orchestrator.spec.labels import principal_ranks
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.records import MANIFEST, TokenManifest
-from orchestrator.store.shards import read_tokens
-from orchestrator.teacher.labeller import Labelling
+from orchestrator.store.shards import read_rows
 from orchestrator.teacher.make import make_teacher
 from orchestrator.teacher.placement import Placement
+from orchestrator.teacher.task import LabelTask
+
+FITTED_ROWS = 256
+"""At most: many times as many positions as a teacher is wide."""
 
 
-def calibrate(work: Labelling, shard: int, placement: Placement) -> None:
-    """Fit what `work.labels` need on token shard `shard`, and keep it in the log; nothing to do if it is there.
+def calibrate(task: LabelTask, shard: int, placement: Placement) -> None:
+    """Fit the bases that `task.labels` need on token shard `shard`, and keep them in the log, unless they are there.
 
     The first basis that is kept stays: labels made from it must be read with it.
     """
-    if principal_ranks(work.labels) and LabelLog(work.store, work.log_key).kept(BASIS) is None:
+    if principal_ranks(task.labels) and LabelLog(task.store, task.log_key).kept(BASIS) is None:
         with placement:
             placement.reserve(1)
             actor: Any = _Calibrator.options(**placement.options()).remote()
-            ray.get(actor.fit.remote(work, shard))
+            ray.get(actor.fit.remote(task, shard))
 
 
 @ray.remote(max_restarts=3, max_task_retries=3)
 class _Calibrator:
-    """An actor, as whoever leads a gang must be."""
+    """Fits bases; an actor, because only an actor may lead a sharded teacher."""
 
-    def fit(self, work: Labelling, shard: int) -> None:
-        _fit(work, shard)
+    def fit(self, task: LabelTask, shard: int) -> None:
+        _fit(task, shard)
 
 
-def _fit(work: Labelling, shard: int) -> None:
-    limit_threads(work.replica.threads)
-    torch.set_num_threads(work.replica.threads)
-    manifest = TokenManifest.load(work.store, f"{work.data_folder}/{MANIFEST}")
+def _fit(task: LabelTask, shard: int) -> None:
+    limit_threads(task.replica.threads)
+    torch.set_num_threads(task.replica.threads)
+    manifest = TokenManifest.load(task.store, f"{task.data_folder}/{MANIFEST}")
     assert manifest is not None
-    ids = torch.from_numpy(read_tokens(work.store, f"{work.data_folder}/train", manifest.train[shard]).ids[:, :-1]).long()
-    teacher = make_teacher(work)
+    record = manifest.train.record(task.store, shard)
+    rows = range(min(record.rows, FITTED_ROWS))
+    tokens = read_rows(task.store, manifest.train.folder, record, rows, manifest.group_rows)
+    ids = torch.from_numpy(tokens.ids[:, :-1]).long()
+    teacher = make_teacher(task)
     moments: dict[str, Moments] = {}
-    ranks = principal_ranks(work.labels)
-    for part in ids.split(work.micro_batch):
+    ranks = principal_ranks(task.labels)
+    for part in ids.split(task.micro_batch):
         answer = teacher.answer(part)
         for name in ranks:
             vectors = answer.states if name == "states" else answer.features[name]
             moments.setdefault(name, Moments(vectors.shape[-1])).add(vectors)
     bases = {name: Basis.fit(moments[name], rank) for name, rank in ranks.items()}
-    LabelLog(work.store, work.log_key).keep(BASIS, to_bytes(bases))
+    LabelLog(task.store, task.log_key).keep(BASIS, to_bytes(bases))

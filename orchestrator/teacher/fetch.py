@@ -1,8 +1,13 @@
-"""Teachers that exist already: found, checked, and brought into one form, a folder with safetensors and tokenizer."""
+"""Teachers that exist already: found, checked, and brought into one form, a folder with safetensors and tokenizer.
+
+A local folder is used where it lies, which every node must be able to open. What comes from a hub lies in a cache of the
+driver's node, so it is copied into the storage, under a key that holds its content; what is there already is reused.
+"""
 
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +15,89 @@ import ray
 
 from orchestrator.errors import EnvironmentFault, SpecError
 from orchestrator.models.head import head_tensors
-from orchestrator.models.hub import checkpoint_folder, vocab_size_of, weight_files
+from orchestrator.models.hub import CARD, INDEX, checkpoint_folder, vocab_size_of, weight_files
 from orchestrator.models.tokenizer import tokenizer_files
+from orchestrator.plan.checkpoint import local_checkpoint
 from orchestrator.plan.fingerprint import fingerprint
 from orchestrator.spec.model import GgufTeacher, TransformersTeacher
-from orchestrator.store.files import Store, local_folder, sha256_of
-from orchestrator.store.records import MODEL, ModelFolder, ModelManifest, describe_folder, finish_model, finished_model
+from orchestrator.store.files import Store, local_folder
+from orchestrator.store.hashes import describe_known
+from orchestrator.store.records import MANIFEST, MODEL, ModelFolder, ModelManifest, Record, finish_model, finished_model
+
+BESIDE = ("generation_config.json", INDEX, CARD)
+"""Files of a model on a hub that are copied beside those that say what it computes."""
+
+
+class _Imported(Record):
+    """The place in the storage of the model that a name on a hub stood for when it was last fetched."""
+
+    key: str
 
 
 def fetch_teacher(store: Store, teacher: TransformersTeacher | GgufTeacher) -> ModelFolder:
-    """The teacher's folder, hashed; raises `SpecError` if it lacks what a teacher needs."""
+    """Return the teacher's folder with the hashes of its files; raises `SpecError` if it lacks what a teacher needs.
+
+    A hub that cannot be reached is no error for a name whose model is in the storage.
+    """
     if isinstance(teacher, GgufTeacher):
         return _converted_gguf(store, teacher)
-    folder = checkpoint_folder(teacher.path, teacher.revision, "teacher.path")
+    on_hub = local_checkpoint(teacher.path) is None
+    name = f"names/{fingerprint('hub', teacher.path, teacher.revision)}.json"
+    try:
+        folder = checkpoint_folder(teacher.path, teacher.revision, "teacher.path")
+    except EnvironmentFault:
+        imported = _Imported.load(store, name)
+        found = None if imported is None else _in_storage(store, imported.key)
+        if found is None:
+            raise
+        return found
+    described = _described(store, teacher.path, folder)
+    if not on_hub:
+        return ModelFolder(str(folder), described)
+    found = _import(store, folder, described)
+    _Imported(key=found[0]).save(store, name)
+    return found[1]
+
+
+def _described(store: Store, path: str, folder: Path) -> ModelManifest:
+    """Return the manifest of the teacher in `folder`, which the job file calls `path`."""
     if not (folder / "tokenizer.json").is_file():
         raise SpecError(f"teacher.path: {folder} has no tokenizer.json")
-    head_tensors(folder, "teacher.path")  # what hidden states are nothing without; told before anything is labelled
-    files = describe_folder(folder, ["config.json", *(file.name for file in weight_files(folder)), *tokenizer_files(folder)])
+    head_tensors(folder, "teacher.path")  # refuses a model without a head before anything is labelled
+    names = ["config.json", *(file.name for file in weight_files(folder)), *tokenizer_files(folder)]
     ids = vocab_size_of(folder, "teacher.path")
-    return ModelFolder(str(folder), ModelManifest(fingerprint=teacher.path, files=files, vocab_size=ids))
+    return ModelManifest(fingerprint=path, files=describe_known(store, folder, names), vocab_size=ids)
+
+
+def _import(store: Store, source: Path, described: ModelManifest) -> tuple[str, ModelFolder]:
+    """Copy a model from the cache of a hub into the storage, unless it is there; returns its key and its folder there."""
+    beside = describe_known(store, source, [name for name in BESIDE if (source / name).is_file()])
+    key = f"teacher/{fingerprint('hub', described.files, beside)}"
+    found = _in_storage(store, key)
+    if found is None:
+        with store.folder_for(f"{key}/{MODEL}") as folder:
+            for name in {**described.files, **beside}:
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / name, folder / name)  # a cache holds links
+        described.save(store, f"{key}/{MANIFEST}")
+        found = ModelFolder(store.address(f"{key}/{MODEL}"), described)
+    return key, found
+
+
+def _in_storage(store: Store, key: str) -> ModelFolder | None:
+    """Return the model that was imported under `key`; None if there is none, or if its files have changed since."""
+    manifest = ModelManifest.load(store, f"{key}/{MANIFEST}")
+    try:
+        files = {} if manifest is None else describe_known(store, store.local(f"{key}/{MODEL}"), manifest.files)
+    except FileNotFoundError:
+        return None
+    return ModelFolder(store.address(f"{key}/{MODEL}"), manifest) if manifest and files == manifest.files else None
 
 
 def _converted_gguf(store: Store, teacher: GgufTeacher) -> ModelFolder:
     origin, name = _gguf_file(store, teacher)
-    stage_key = f"teacher/{fingerprint('gguf', sha256_of(local_folder(origin) / name), teacher.dtype)}"
+    sha256 = describe_known(store, local_folder(origin), [name])[name].sha256
+    stage_key = f"teacher/{fingerprint('gguf', sha256, teacher.dtype)}"
     done = finished_model(store, stage_key)
     if done is None:
         ray.get(_convert_task.remote(store, stage_key, origin, name, teacher.dtype))
@@ -43,7 +107,7 @@ def _converted_gguf(store: Store, teacher: GgufTeacher) -> ModelFolder:
 
 
 def _gguf_file(store: Store, teacher: GgufTeacher) -> tuple[str, str]:
-    """Address of the folder that holds the teacher's file, and the name of the file."""
+    """Return the address of the folder that holds the teacher's file, and the name of the file."""
     if teacher.file is not None:
         file = Path(teacher.file).expanduser().absolute()
         if not file.is_file():

@@ -4,7 +4,7 @@ The first shard leads: it is the pool's actor, holds the labelling code and star
 it tells them what to run and runs it too; the model's own collectives do the rest. Beside whatever they compute, the leader and
 every other shard keep in touch over a socket. A gang is lost as a whole: the leader ends itself when it misses another shard,
 Ray starts it again in its place, it starts new shards and is given its work again. A leader that stands still is ended by
-the second shard.
+the second shard. A process that keeps in touch, but whose call into the model does not come back, ends itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from ray.exceptions import RayError, RayTaskError
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from orchestrator.errors import BROKEN_LINK
+from orchestrator.faults import Fault, classify
 from orchestrator.labels.answer import Answer
 from orchestrator.runtime.environment import hide_gpus, limit_threads
 from orchestrator.teacher.backend import Replica, TransformersBackend
@@ -35,11 +35,11 @@ from orchestrator.teacher.placement import in_bundle
 
 BEAT_S = 1.0
 START_S = 600.0
-"""For all shards to be up: starting a process and reading weights take long on a busy machine."""
+"""Seconds for all shards to be up; to start a process and to read weights take long on a busy machine."""
 LOST = 17
-"""Exit code of a process that has lost its gang; any but 0 is a crash to Ray."""
+"""The exit code of a process that has lost its gang; any but 0 is a crash to Ray."""
 BLAME_S = 5.0
-"""How long a leader waits to hear why another shard failed."""
+"""Seconds that a leader waits to hear why another shard failed."""
 
 
 class Gang:
@@ -62,10 +62,11 @@ class Gang:
             ray.get([other.__ray_ready__.remote() for other in self._others], timeout=START_S)
         except RayError:
             os._exit(LOST)
+        self._calls = _Calls(replica.call_s)
         closing = threading.Event()  # set before the other shards are let go of
         weakref.finalize(self, closing.set)
         for _ in self._others:
-            _watch(door.accept()[0], replica.patience_s, partial(_leave, closing))
+            _watch(door.accept()[0], replica.patience_s, self._calls, partial(_leave, closing))
         self._backend = self._together("load", host, store.port, own=partial(_join, replica, 0, store))
 
     def answer(self, ids: torch.Tensor) -> Answer:
@@ -76,10 +77,10 @@ class Gang:
         return self._together("logits", states.shape, own=partial(self._backend.head, states))
 
     def _together(self, method: str, *args: Any, own: Callable[[], Any]) -> Any:
-        """What `own` returns, while the other shards run `method`."""
+        """Run `own` while the other shards run `method`; returns what `own` returns."""
         calls = [getattr(other, method).remote(*args) for other in self._others]
         try:
-            with _breaking_the_link():
+            with self._calls.one():
                 return own()
         except Exception as error:
             raise _cause(error, calls) from None
@@ -87,26 +88,27 @@ class Gang:
 
 @ray.remote
 class TeacherShard:
-    """Any shard of a gang but the first."""
+    """The actor of every shard of a gang but the first."""
 
     def __init__(self, replica: Replica, shard: int, contact: tuple[str, int], leader: Any) -> None:
         limit_threads(replica.threads)
         torch.set_num_threads(replica.threads)
         self._replica, self._shard = replica, shard
         self._backend: TransformersBackend
-        _watch(socket.create_connection(contact, START_S), replica.patience_s, partial(_follow, leader))
+        self._calls = _Calls(replica.call_s)
+        _watch(socket.create_connection(contact, START_S), replica.patience_s, self._calls, partial(_follow, leader))
 
     def load(self, host: str, port: int) -> None:
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=START_S))
-        with _breaking_the_link():
+        with self._calls.one():
             self._backend = _join(self._replica, self._shard, store)
 
     def answer(self, ids: torch.Tensor) -> None:
-        with _breaking_the_link():
+        with self._calls.one():
             self._backend.answer(ids)
 
     def logits(self, shape: torch.Size) -> None:
-        with _breaking_the_link():
+        with self._calls.one():
             self._backend.head(self._backend.empty(shape))
 
 
@@ -117,28 +119,50 @@ def _join(replica: Replica, shard: int, store: Store) -> TransformersBackend:
     return TransformersBackend(replica)
 
 
-@contextmanager
-def _breaking_the_link() -> Iterator[None]:
-    """Leave the process group on an error, so that no other process waits for this one."""
-    try:
-        yield
-    except BaseException:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        raise
+class _Calls:
+    """The calls of this process into its share of the model, which all shards of a gang make together."""
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._began: float | None = None
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Make one call: on an error leave the process group, so that no other process waits for this one.
+
+        A GPU works behind the program; what it fails with is raised here, where the other shards' errors are looked at.
+        """
+        self._began = time.monotonic()
+        try:
+            yield
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+        except BaseException:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            raise
+        finally:
+            self._began = None
+
+    @property
+    def hang(self) -> bool:
+        """True if a call began too long ago and has not come back, as when a kernel waits for a peer that never comes."""
+        began = self._began
+        return began is not None and time.monotonic() - began > self._longest_s
 
 
-def _watch(contact: socket.socket, patience_s: float, lost: Callable[[bool], Any]) -> None:
+def _watch(contact: socket.socket, patience_s: float, calls: _Calls, lost: Callable[[bool], Any]) -> None:
     """Exchange a byte a second with the other end of `contact` in the background.
 
-    Calls `lost(False)` when that process is gone, and `lost(True)` when it has been silent for `patience_s`.
+    Calls `lost(False)` when that process is gone or a call of this one hangs, and `lost(True)` when that process has been
+    silent for `patience_s`.
     """
     contact.settimeout(patience_s)
 
     def keep() -> None:
         silent = False
         try:
-            while True:
+            while not calls.hang:
                 contact.sendall(b".")
                 if not contact.recv(64):
                     break
@@ -167,19 +191,19 @@ def _follow(leader: Any, silent: bool) -> None:
 
 
 def _cause(error: Exception, calls: list[Any]) -> BaseException:
-    """What went wrong in a gang of which this process saw `error`; if another process is gone or hangs, this one ends too."""
+    """Find the first cause in a gang of which this process saw `error`; ends this process if another is gone or hangs."""
     ended, hanging = ray.wait(calls, num_returns=len(calls), timeout=BLAME_S)
     raised = [other for call in ended if (other := _raised(call)) is not None]
     if hanging or any(isinstance(other, RayError) for other in raised):
         os._exit(LOST)
-    cause = next((e for e in (error, *raised) if not BROKEN_LINK.search(str(e))), None)
+    cause = next((e for e in (error, *raised) if classify(e) is not Fault.BROKEN_LINK), None)
     if cause is None:
         os._exit(LOST)  # nothing but the link broke
     return cause
 
 
 def _raised(call: Any) -> BaseException | None:
-    """What `call` raised there, or an error of Ray's own if its process is gone."""
+    """Return what `call` raised in its process, or Ray's own error if that process is gone; None if it raised nothing."""
     try:
         ray.get(call)
     except RayTaskError as error:

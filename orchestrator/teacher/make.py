@@ -1,35 +1,22 @@
-"""Which teacher there is: in this process, led by it, or behind a server."""
+"""Loading a teacher: into this process, into several that this one leads, or none where a server answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-import torch
-
-from orchestrator.labels.answer import Answer
 from orchestrator.spec.labels import TopkLabels
 from orchestrator.teacher.backend import Replica, Teacher, TransformersBackend
 from orchestrator.teacher.gang import Gang
+from orchestrator.teacher.task import LabelTask
 from orchestrator.teacher.vllm import VllmBackend
 
-if TYPE_CHECKING:
-    from orchestrator.teacher.labeller import Labelling
 
-
-def make_teacher(work: Labelling) -> Teacher:
-    """Who answers for the labels of `work`."""
-    if work.vllm:
-        assert isinstance(work.labels, TopkLabels)
-        return VllmBackend(work.vllm, work.labels.k, work.vocab_size)
-    return load_replica(work.replica)
+def make_teacher(task: LabelTask) -> Teacher:
+    """Load the teacher whose answers become the labels of `task`, or connect to the server that answers in its place."""
+    if task.vllm:
+        assert isinstance(task.labels, TopkLabels)
+        return VllmBackend(task.vllm, task.labels.k, task.vocab_size)
+    return load_replica(task.replica)
 
 
 def load_replica(replica: Replica) -> Teacher:
-    """Load `replica` here; one of several shards takes an actor in a placement group of as many bundles."""
+    """Load `replica`; if it has several shards, this must be an actor in a placement group of as many bundles."""
     return Gang(replica) if replica.shards > 1 else TransformersBackend(replica)
-
-
-def load_answers(replica: Replica) -> Callable[[torch.Tensor], Answer]:
-    """The `answer` of a replica that is loaded here."""
-    return load_replica(replica).answer

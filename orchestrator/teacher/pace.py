@@ -13,36 +13,32 @@ from typing import Any
 
 import ray
 from ray.data import Dataset
-from ray.data._internal.execution.backpressure_policy import (
-    ENABLED_BACKPRESSURE_POLICIES,
-    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-    BackpressurePolicy,
-)
+from ray.data._internal.execution.backpressure_policy import BackpressurePolicy
 
 from orchestrator.runtime.board import STUDENT_SHARDS
+from orchestrator.teacher.hand_out import add_policy
 
 ASK_EVERY_S = 0.2
 
 
 class Pace:
-    """When shards may be handed out, and when they were held back."""
+    """Decides when shards may be handed out, and remembers when they were held back."""
 
     def __init__(self, positions: Sequence[int], ahead: int | None, board: Any) -> None:
-        """`positions` in the demand, in the order of handing out; with `ahead` None the student holds nothing back."""
+        """Take the `positions` of the shards in the demand, in the order of handing out; `ahead` None holds nothing back."""
         self._positions, self._ahead, self._board = positions, ahead, board
         self._started, self._asked = 0.0, 0.0
         self._held: list[list[float]] = []
-        """Beginning and end, as of time.time(), of the times in which shards were held back."""
+        """The periods in which shards were held back: beginning and end, as of time.time()."""
         self._holding = False
 
     def govern(self, pool: Dataset) -> None:
         """Have Ray Data keep to this pace when it runs `pool`, whose last operation labels."""
         if self._ahead is not None:
-            policies = [*ENABLED_BACKPRESSURE_POLICIES, lambda *args: _Policy(self, *args)]
-            pool.context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, policies)
+            add_policy(pool, lambda *args: _Policy(self, *args))
 
     def allows(self, handed_out: int) -> bool:
-        """Whether one more shard may follow those that were handed out."""
+        """Return whether one more shard may follow those that were handed out."""
         if self._ahead is None or handed_out >= len(self._positions):
             return True
         now = time.time()
@@ -58,7 +54,7 @@ class Pace:
         return not hold
 
     def held_s(self, since: float, until: float) -> float:
-        """Seconds between two times in which shards were held back."""
+        """Return for how many seconds between two times shards were held back."""
         recent = takewhile(lambda held: held[1] > since, reversed(self._held))
         return sum(max(0.0, min(until, end) - max(since, begin)) for begin, end in recent)
 

@@ -25,7 +25,7 @@ SAY_EVERY_S, COUNT_EVERY_S = 30.0, 1.0
 
 
 def in_bundle(group: PlacementGroup, index: int, cpus: float, gpus: float) -> dict[str, Any]:
-    """Ray's options for an actor in bundle `index` of `group`."""
+    """Return Ray's options for an actor in bundle `index` of `group`."""
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
     return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}
 
@@ -44,7 +44,7 @@ class Placement:
         self._name, self._teacher, self._say = f"teacher-{log_key[:16]}", teacher, say
         self._bundle = {"CPU": teacher.cpus_per_shard} | ({"GPU": teacher.gpus_per_shard} if teacher.gpus_per_shard else {})
         self._groups: dict[str, PlacementGroup] = {}
-        """By the name of the actor that leads there."""
+        """The placement groups, by the name of the actor that leads in each."""
         self._lock = Lock()  # Ray Data starts actors in a thread of its own
         self._counted, self._replicas = 0.0, 0
 
@@ -81,7 +81,7 @@ class Placement:
                     self._say(f"  need {need:<12} have {have:<12} free {free}")
 
     def options(self) -> dict[str, Any]:
-        """Ray's options for the actor that leads one more replica."""
+        """Return Ray's options for the actor that leads one more replica."""
         with self._lock:
             # An actor that Ray Data gave up before it ran could not give its room back.
             vacant = next((name for name in self._states() if not _lives(name)), None)
@@ -90,7 +90,7 @@ class Placement:
         return {"name": name} | in_bundle(group, 0, self._teacher.cpus_per_shard, self._teacher.gpus_per_shard)
 
     def replicas(self) -> int:
-        """Replicas that have their room, as of at most a second ago."""
+        """Return how many replicas have their room, as of at most a second ago."""
         with self._lock:
             if time.monotonic() - self._counted > COUNT_EVERY_S:
                 self._counted = time.monotonic()
@@ -98,7 +98,7 @@ class Placement:
             return self._replicas
 
     def _states(self) -> dict[str, str]:
-        """State of every group by name; forgets those that were given back."""
+        """Return the state of every group by name, and forget those that were given back."""
         known = {str(row["name"]): str(row["state"]) for row in placement_group_table().values()}
         for name in list(self._groups):
             if known.get(name, "REMOVED") == "REMOVED":
@@ -112,13 +112,13 @@ class Placement:
         return name
 
     def _fits_a_node(self) -> bool:
-        """Whether there is a node that could hold all shards of a replica if it were empty."""
+        """Return whether some node could hold all shards of a replica if it were empty."""
         need = {kind: each * self._teacher.shards for kind, each in self._bundle.items()}
         nodes: list[dict[str, Any]] = ray.nodes()
         return any(node["Alive"] and all(node["Resources"].get(k, 0) >= n for k, n in need.items()) for node in nodes)
 
     def _table(self, replicas: int) -> list[tuple[str, str, str]]:
-        """Per kind of resource: what `replicas` need, what the cluster has, what of it is free."""
+        """Return, for each kind of resource, what `replicas` need, what the cluster has, and how much of it is free."""
         have, free = ray.cluster_resources(), ray.available_resources()
         return [
             (
@@ -131,7 +131,7 @@ class Placement:
 
 
 def _lives(name: str) -> bool:
-    """Whether an actor of this name runs or is to."""
+    """Return whether an actor of this name runs or is about to."""
     try:
         ray.get_actor(name)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What became of the teacher replicas' time, from the receipts of their shards."""
+"""How the teacher replicas spent their time, added up from the receipts of their shards."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from typing import Any
 
 @dataclass
 class Seconds:
-    """Of one replica, so far."""
+    """The seconds of one replica so far."""
 
     busy: float = 0.0
-    """Labelling."""
+    """Seconds in which the teacher answered."""
     idle: float = 0.0
-    """Waiting for the next shard."""
+    """Seconds of waiting for the next shard."""
     blocked: float = 0.0
-    """Waiting for the student, which labels may not run ahead of too far."""
+    """Seconds of waiting for the student, which labels may not run ahead of too far."""
 
 
 class Usage:
+    """The seconds of all replicas."""
+
     def __init__(self) -> None:
         self.replicas: dict[str, Seconds] = {}
-        """By the replica's id, in the order in which they showed up."""
+        """The seconds by replica id, in the order in which the replicas showed up."""
         self._processes: dict[str, int] = {}
 
     def add(self, receipt: Mapping[str, Any]) -> bool:
-        """Take in `receipt`; whether it is of a replica that was lost and replaced since its last one."""
+        """Add `receipt`; returns whether its replica was lost and replaced since its last one."""
         replica, process = str(receipt["replica"]), int(receipt["process"])
         seconds = self.replicas.setdefault(replica, Seconds())
         seconds.busy += receipt["seconds"]
@@ -37,12 +39,12 @@ class Usage:
 
     @property
     def total(self) -> Seconds:
-        """Of all replicas together."""
+        """The seconds of all replicas together."""
         every = self.replicas.values()
         return Seconds(sum(s.busy for s in every), sum(s.idle for s in every), sum(s.blocked for s in every))
 
     @property
     def blocked_fraction(self) -> float:
-        """Share of the time in which replicas could have labelled that they waited for the student."""
+        """The share of the time in which replicas could have labelled that they waited for the student."""
         total = self.total
         return total.blocked / (total.busy + total.blocked)

@@ -26,6 +26,7 @@ HELDOUT_CE_NATS = "heldout/ce_nats"
 HELDOUT_KL_NATS = "heldout/kl_nats"
 SHARDS_STARTED = "train/shards_started"
 LAST_CHECKPOINT_TIME_S = "train/last_checkpoint_time_s"
+CHECKPOINT_STALL_S = "train/checkpoint_stall_s"
 RESTARTS = "train/restarts"
 NONFINITE_LOSSES = "train/nonfinite_losses"
 SHARDS_COMMITTED = "label/shards_committed"
@@ -118,8 +119,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 "When the last checkpoint was written, or training began: what was done since would be lost",
                 "state",
             ),
+            Metric(CHECKPOINT_STALL_S, "s", "Time that training stood still for a checkpoint, told when that is durable"),
             Metric(RESTARTS, "restarts", "Restarts after a process of the stage died", "count"),
-            Metric(NONFINITE_LOSSES, "steps", "Steps whose loss was not finite, each of which ended its training", "count"),
+            Metric(NONFINITE_LOSSES, "steps", "Steps whose loss or gradient was not finite", "count"),
             Metric(SHARDS_COMMITTED, "shards", "Label shards committed so far"),
             Metric(LABEL_TOKENS_PER_S, "tokens/s", "Tokens labelled, all teachers together", "log"),
             Metric(BLOCKED_FRACTION, "1", "Part of the time in which the teachers waited for the student (run-ahead)", "log"),

@@ -61,9 +61,8 @@ def label(store: LocalStore, job: Job, training: TrainingJob) -> dict[str, float
     (teacher_key,) = store.keys("teacher")
     teacher = TransformersBackend(Replica(store.address(f"teacher/{teacher_key}/{MODEL}"), job.teacher.dtype))
     kind = Codec(job.labels, Frame(training.vocab_size, training.manifest.seq_len))
-    shards = [
-        read_tokens(store, f"{training.data_folder}/train", training.manifest.train[s]) for s in training.demanded_shards()
-    ]
+    pages = training.manifest.train
+    shards = [read_tokens(store, pages.folder, pages.record(store, s)) for s in training.demanded_shards()]
     rows = 0
     for index, shard in enumerate(shards):
         if index == 1:
@@ -72,7 +71,7 @@ def label(store: LocalStore, job: Job, training: TrainingJob) -> dict[str, float
         for start in range(0, len(ids), job.teacher.micro_batch):
             part = ids[start : start + job.teacher.micro_batch]
             parts.append(kind.extract(teacher.answer(part), shard.row_ids[start : start + len(part)]))
-        kind.pack(join(parts))
+        kind.pack_groups(join(parts), training.manifest.group_rows)
         rows += len(ids)
     tokens = rows * job.data.seq_len
     return {"tokens_per_s": tokens / (time.perf_counter() - started), "tokens_per_cpu_s": tokens / (time.process_time() - cpu)}

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from keep import keep
 
-from orchestrator.evaluate.measure import Heldout
 from orchestrator.models.build import load_model
 from orchestrator.models.head import last_hidden, output_head
 from orchestrator.plan.order import TrainingOrder
 from orchestrator.spec.load import load_job
+from orchestrator.store.heldout import measured_rows
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MANIFEST, MODEL, TokenManifest
 from orchestrator.store.shards import read_tokens
@@ -54,12 +54,13 @@ def main() -> None:
     folder = f"data/{keys['data']}"
     manifest = TokenManifest.load(store, f"{folder}/{MANIFEST}")
     assert manifest is not None
-    windows = Heldout(store, folder, manifest, job.evaluate.rows).windows().ids
+    windows = torch.from_numpy(measured_rows(store, folder, manifest, job.evaluate.rows, 0).ids).long()
     targets = windows[:, 1:].flatten()
     fitted_on, measured_on = torch.arange(len(targets)).chunk(2)
-    order = TrainingOrder(manifest.shard_rows, job.seed, job.train.global_batch)
+    order = TrainingOrder(manifest.train.rows, manifest.group_rows, job.seed, job.train.global_batch, job.train.steps)
     read = sorted({row for step in range(job.train.steps) for row in order.batch(step)})
-    shards = {shard: read_tokens(store, f"{folder}/train", manifest.train[shard]).ids for shard in {s for s, _ in read}}
+    records = {shard: manifest.train.record(store, shard) for shard in {s for s, _ in read}}
+    shards = {shard: read_tokens(store, manifest.train.folder, record).ids for shard, record in records.items()}
     trained_on = torch.stack([torch.from_numpy(shards[shard][row]).long() for shard, row in read])
     result: dict[str, Any] = {"rows_trained_on": len(trained_on), "tokens_measured": len(measured_on)}
     for name in ("teacher", "student", "baseline"):

@@ -35,7 +35,8 @@ from orchestrator.spec.labels import Labels, SampledLabels, TopkLabels
 from orchestrator.spec.load import load_job
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MODEL, TokenManifest
-from orchestrator.store.shards import read_tokens, to_parquet
+from orchestrator.store.row_groups import to_parquet
+from orchestrator.store.shards import read_tokens
 from orchestrator.teacher.backend import Replica, TransformersBackend
 
 HERE = Path(__file__).parent
@@ -78,7 +79,9 @@ def finished(name: str, shards: int) -> Text:
     made = json.loads(store.path(f"runs/{name}/report.json").read_text())["fingerprints"]
     manifest = TokenManifest.load(store, f"data/{made['data']}/manifest.json")
     assert manifest is not None
-    tokens = [read_tokens(store, f"data/{made['data']}/train", record) for record in manifest.train[:shards]]
+    tokens = [
+        read_tokens(store, f"data/{made['data']}/train", record) for record in manifest.train.records(store, range(shards))
+    ]
     (teacher,) = [f for f in store.path("teacher").glob(f"*/{MODEL}") if vocabulary(f) == manifest.vocab_size]
     student = load_model(store.path(f"student/{made['student']}/{MODEL}"), "fp32", torch.device("cpu"))
     ids = torch.from_numpy(np.concatenate([t.ids for t in tokens])).long()
@@ -170,7 +173,7 @@ def storage(codec: LabelKind, labels: Labels, arrays: Arrays, text: Text) -> dic
 
 def compressed(columns: Columns) -> int:
     """Bytes of the label columns in a shard's file."""
-    data = to_parquet(pa.table({name: pa.array(values, pa.binary()) for name, values in columns.items()}))
+    data, _ = to_parquet([pa.table({name: pa.array(values, pa.binary()) for name, values in columns.items()})])
     group: Any = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0)
     return sum(group.column(i).total_compressed_size for i in range(group.num_columns))
 

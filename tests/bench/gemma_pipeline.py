@@ -72,7 +72,7 @@ def train(root: Path, parallel: dict[str, Any]) -> dict[str, Any]:
     trainer, schedule, losses = start_trainer(job), ObjectiveSchedule(job.objective, STEPS, torch.device("cpu")), []
     for step, rows in enumerate(windows[: ROWS * STEPS].split(ROWS)):
         micro_batches = [MicroBatch(row[None], None, {}) for row in rows]
-        losses.append(float(train_step(trainer, job, schedule, step, micro_batches)[0]))
+        losses.append(float(train_step(trainer, job, schedule, step, micro_batches).means[0]))
     peaks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, peak() >> 20)
     save_model(trainer, Store(root / "store"), job, "tokenizer", {})

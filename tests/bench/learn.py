@@ -21,7 +21,6 @@ import torch
 from keep import keep
 from plain import PlainLoop
 
-from orchestrator.evaluate.measure import Heldout
 from orchestrator.labels.answer import Answer
 from orchestrator.labels.codec import Codec
 from orchestrator.labels.layout import Frame
@@ -31,6 +30,7 @@ from orchestrator.plan.batch import Batch
 from orchestrator.spec.job import Job
 from orchestrator.spec.labels import kept_features
 from orchestrator.spec.load import load_job
+from orchestrator.store.heldout import measured_rows
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MODEL, TokenManifest
 from orchestrator.store.shards import TokenShard, read_tokens
@@ -154,7 +154,8 @@ def answered(job: Job, case: Case) -> list[list[Lesson]]:
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
             for s, _ in part:
                 if s not in shards:
-                    shards[s] = read_tokens(case.store, f"{case.data_folder}/train", case.manifest.train[s])
+                    pages = case.manifest.train
+                    shards[s] = read_tokens(case.store, pages.folder, pages.record(case.store, s))
             ids = torch.stack([torch.from_numpy(shards[s].ids[r]).long() for s, r in part])
             parts.append(Lesson(ids, [shards[s].row_ids[r] for s, r in part], teacher.answer(ids[:, :-1])))
         lessons.append(parts)
@@ -165,7 +166,8 @@ def answered(job: Job, case: Case) -> list[list[Lesson]]:
 def heldout_ce(case: Case, model: Any, rows: int) -> float:
     """Mean CE in nats on the windows that the quickstart is measured on."""
     total = count = 0.0
-    for part in Heldout(case.store, case.data_folder, case.manifest, rows).windows().ids.split(8):
+    windows = measured_rows(case.store, case.data_folder, case.manifest, rows, 0).ids
+    for part in torch.from_numpy(windows).long().split(8):
         logits = output_head(model)(last_hidden(model, part[:, :-1]).flatten(0, 1))
         total += float(torch.nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum"))
         count += part[:, 1:].numel()

@@ -1,12 +1,18 @@
-"""What the label log costs as it grows: commits, followers, listing and sealing at 1,000, 10,000 and 100,000 shards.
+"""What tokens, labels and the order of training cost a process as they grow: at 1,000 to 500,000 shards.
 
     make bench-log      prints one JSON line last and writes it to tests/bench/results/log_scale.json
 
-The real log on the real file system, a log for each size, shards of 64 rows with 8 bytes of labels each, filled by processes
-that do not wait for the disk. Then commits (which do), follow steps, polls and reads on all logs in turn, medians in CPU and
-wall time; what is proportional to the demand (listing what is missing, sealing) is given per shard. Then 1,000 followers,
-simulated in one process by what a worker does without its tensors, train through the largest log, and 1,000 threads wait
-for a shard that is committed ten seconds later.
+Real records on the real file system. 500,000 shards are what 10T tokens make. All commit records of a log name one label file
+of `ROWS` rows, so that half a million of them fit a small disk; everything that is done per shard is done.
+
+- `operations`: single ones on logs of all sizes in turn, medians of CPU and wall time.
+- `processes`: what the driver, a teacher actor and a training worker do when they start on the largest corpus, each in a
+  process of its own: seconds, and megabytes beyond what its imports take. Beside it the same as it was done before
+  (`old_log.py`): the manifest as one JSON file with a record for each shard, read whole and carried whole, and every row id
+  read at every sealing.
+- `decoding`: rows decoded over rows used, of 1,000 ranks with 4 rows each, before and now.
+- `train_through`, `wait_together`: 2,000 followers, simulated in one process by what a worker does without its tensors, train
+  through the largest log; as many threads wait for a shard that is committed ten seconds later.
 """
 
 from __future__ import annotations
@@ -15,18 +21,21 @@ import argparse
 import itertools
 import json
 import os
+import pickle
 import random
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import old_log
 from keep import keep, machine
 from memory import peak, reset_peak
 
@@ -34,19 +43,24 @@ from orchestrator.plan.order import TrainingOrder
 from orchestrator.store import label_log
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
-from orchestrator.store.records import ShardRecord, TokenManifest
-from orchestrator.store.shards import TokenShard
+from orchestrator.store.records import TokenManifest
+from orchestrator.store.shard_pages import PageWriter, ShardRecord
+from orchestrator.store.shards import TokenShard, put_tokens
 
-SIZES = (1_000, 10_000, 100_000)
-ROWS, SEQ = 64, 8
-WRITERS, SHARDS_A_TASK = 2, 250
-SAMPLES = 500
+SIZES = (1_000, 10_000, 100_000, 500_000)
+ROWS, GROUP, SEQ = 64, 16, 8
+LARGE_ROWS = 5_120
+"""Rows of 4,096 tokens in a shard of a very large corpus."""
+SAMPLES = 300
 """Operations of each sort that are timed at each size; as many commits lie beyond the demand that is then sealed."""
-FOLLOWERS, ROWS_A_STEP = 1_000, 8
+FOLLOWERS, ROWS_A_STEP = 2_000, 4
 """Data-parallel ranks, and rows that each takes of every global batch."""
+FOLLOWED_STEPS = 200
+RANKS, WATCHED_RANKS, DECODED_STEPS = 1_000, 5, 3_000
 WAIT_S = 10.0
 PAUSES = {"every 20 ms": (0.02, 0.02), "backing off": label_log.POLL_S}
 IDENTITY = {"bench": "log"}
+FOLDER = "data/bench"
 
 Figures = dict[str, Any]
 
@@ -56,52 +70,58 @@ def tokens_of(shard: int) -> TokenShard:
     return TokenShard(row_ids, np.arange(ROWS * (SEQ + 1), dtype=np.int32).reshape(ROWS, -1) + shard)
 
 
-def labels_of(shard: int) -> dict[str, list[bytes]]:
-    return {"labels": [f"{shard:08d}".encode()] * ROWS}
-
-
-def manifest_of(shards: int) -> TokenManifest:
-    records = [ShardRecord(file=f"{i}.parquet", sha256=f"{i:064d}", bytes=1, rows=ROWS) for i in range(shards)]
-    return TokenManifest.without_corpus(SEQ, 1 << 20, records)
-
-
-def commit_range(root: Path, shards: range) -> None:
-    log = LabelLog.open(LocalStore(root), IDENTITY)
-    for shard in shards:
-        log.commit(shard, tokens_of(shard), labels_of(shard))
+def labels_of(shard: int) -> list[dict[str, list[bytes]]]:
+    return [{"labels": [f"{shard:08d}".encode()] * GROUP}] * (ROWS // GROUP)
 
 
 def grow(root: Path, size: int) -> LabelLog:
-    """A log of `size` shards, committed by `WRITERS` processes at once, which do not wait for the disk."""
-    tasks = [range(i, min(size, i + SHARDS_A_TASK)) for i in range(0, size, SHARDS_A_TASK)]
-    with ProcessPoolExecutor(WRITERS, get_context("spawn"), initializer=_unsynced) as writers:
-        list(writers.map(commit_range, itertools.repeat(root), tasks))
+    """Tokens and labels of `size` shards, all of them the same one, without waiting for the disk."""
+    store = LocalStore(root)
+    log, tokens = LabelLog.open(store, IDENTITY), tokens_of(0)
+    token_record = put_tokens(store, f"{FOLDER}/train", 0, tokens, GROUP)
+    record = log.commit(0, tokens, labels_of(0)).model_dump_json().encode()
+    commits = store.path(log.commit_key(0)).parent
+    for shard in range(1, size):
+        (commits / f"{shard:06d}.json").write_bytes(record)
+    train, heldout = PageWriter(store, f"{FOLDER}/train"), PageWriter(store, f"{FOLDER}/heldout")
+    train.add(itertools.repeat(token_record, size))
+    manifest = TokenManifest.without_corpus(SEQ, 1 << 20, train.close(), group_rows=GROUP)
+    manifest.model_copy(update={"heldout": heldout.close()}).save(store, f"{FOLDER}/manifest.json")
+    old_log.save(store, f"{FOLDER}/old.json", itertools.repeat(token_record, size))
     os.sync()
-    return LabelLog.open(LocalStore(root), IDENTITY)
+    return log
 
 
-def _unsynced() -> None:
-    os.fsync = lambda _: None
+def manifest_of(root: Path) -> TokenManifest:
+    manifest = TokenManifest.load(LocalStore(root), f"{FOLDER}/manifest.json")
+    assert manifest is not None
+    return manifest
 
 
-def each(logs: dict[int, LabelLog]) -> dict[str, dict[int, Figures]]:
+# Single operations.
+
+
+def operations(logs: dict[int, LabelLog]) -> dict[str, dict[int, Figures]]:
     """What single operations cost on logs of 'size' shards: medians in microseconds. Leaves `SAMPLES` more shards in each."""
-    orders = {size: TrainingOrder([ROWS] * size, 0, FOLLOWERS * ROWS_A_STEP) for size in logs}
+    manifests = {size: manifest_of(log.store.root) for size, log in logs.items()}  # type: ignore[attr-defined]
+    orders = {size: TrainingOrder([LARGE_ROWS] * size, GROUP, 0, FOLLOWERS * ROWS_A_STEP) for size in logs}
     chosen = {size: random.Random(0).sample(range(size), SAMPLES) for size in logs}
-    operations: dict[str, Callable[[int, int], Any]] = {
+    done: dict[str, Callable[[int, int], Any]] = {
         "commit": lambda size, i: logs[size].commit(size + i, tokens_of(size + i), labels_of(size + i)),
         "follow": lambda size, i: logs[size].awaited(chosen[size][i], _never),
         "poll": lambda size, i: logs[size].committed(size + SAMPLES + i),
-        "read": lambda size, i: read(logs[size], chosen[size][i]),
+        "find a token shard": lambda size, i: manifests[size].train.record(logs[size].store, chosen[size][i]),
+        "read a group": lambda size, i: read_group(logs[size], chosen[size][i], i % (ROWS // GROUP)),
         "rows of a step": lambda size, i: orders[size].share(i % 8, i % FOLLOWERS, FOLLOWERS),
+        "key of the tokens": lambda size, i: manifests[size].content,
     }
-    return {name: timed(operation, list(logs)) for name, operation in operations.items()}
+    return {name: timed(operation, list(logs)) for name, operation in done.items()}
 
 
-def read(log: LabelLog, shard: int) -> None:
+def read_group(log: LabelLog, shard: int, group: int) -> None:
     record = log.committed(shard)
     assert record is not None
-    log.read(shard, record, tokens_of(shard))
+    log.read_group(shard, log.file(shard, record), group, tokens_of(0).rows(slice(group * GROUP, (group + 1) * GROUP)))
 
 
 def timed(operation: Callable[[int, int], Any], sizes: list[int]) -> dict[int, Figures]:
@@ -127,45 +147,189 @@ def _never() -> None:
     """Nobody has given up."""
 
 
-def missing(log: LabelLog, size: int) -> Figures:
-    demand = range(size + 2 * SAMPLES)
-    started = time.perf_counter()
-    found = log.missing(demand)
-    seconds = time.perf_counter() - started
-    assert found == list(demand[-SAMPLES:])
-    return {"s": round(seconds, 3), "us_a_shard": round(seconds / size * 1e6, 2)}
+# Whole processes.
 
 
-def seal(log: LabelLog, size: int) -> Figures:
-    manifest = manifest_of(size)
-    before = reset_peak()
-    began, started = time.process_time(), time.perf_counter()
-    sealed, ledger = log.seal(range(size), manifest)
-    seconds, cpu_s = time.perf_counter() - started, time.process_time() - began
-    assert (sealed.shards, ledger.committed, ledger.duplicates) == (size, size * ROWS, 0)
+def driver(root: Path) -> dict[str, Callable[[], Any]]:
+    log, kept = LabelLog.open(LocalStore(root), IDENTITY), dict[str, Any]()
+
+    def order() -> None:
+        manifest = kept["manifest"]
+        found = TrainingOrder(manifest.train.rows, GROUP, 0, FOLLOWERS * ROWS_A_STEP)
+        kept["demand"] = found.shards_until(len(manifest.train) * ROWS // (FOLLOWERS * ROWS_A_STEP))
+
+    def seal() -> None:
+        sealed, ledger = log.seal(kept["demand"], kept["manifest"])
+        assert (sealed.shards, ledger.duplicates) == (len(kept["demand"]), 0)
+
+    def open_manifest() -> None:
+        kept["manifest"] = manifest_of(root)
+
     return {
-        "s": round(seconds, 2),
-        "cpu_s": round(cpu_s, 2),
-        "us_a_shard": round(seconds / size * 1e6, 1),
-        "extra_mb": round((peak() - before) / 2**20, 1),
+        "open the manifest": open_manifest,
+        "key of the tokens": lambda: kept["manifest"].content,
+        "order and demand": order,
+        "what is missing": lambda: log.missing(kept["demand"]),
+        "seal": seal,
+        "seal again": seal,
+        "pickle the job": lambda: pickle.dumps(kept["manifest"]),
     }
 
 
+def old_driver(root: Path) -> dict[str, Callable[[], Any]]:
+    log, kept = LabelLog.open(LocalStore(root), IDENTITY), dict[str, Any]()
+
+    def open_manifest() -> None:
+        kept["manifest"] = old_log.load(log.store, f"{FOLDER}/old.json")
+
+    def demand() -> Sequence[int]:
+        return range(len(kept["manifest"].train))
+
+    return {
+        "open the manifest": open_manifest,
+        "key of the tokens": lambda: old_log.content(kept["manifest"]),
+        "order and demand": lambda: old_log.Order([r.rows for r in kept["manifest"].train], FOLLOWERS * ROWS_A_STEP),
+        "what is missing": lambda: log.missing(demand()),
+        "seal": lambda: old_log.ledger(log, demand()),
+        "seal again": lambda: old_log.ledger(log, demand()),
+        "pickle the job": lambda: pickle.dumps(kept["manifest"]),
+    }
+
+
+def actor(root: Path) -> dict[str, Callable[[], Any]]:
+    store, kept = LocalStore(root), dict[str, TokenManifest]()
+
+    def open_manifest() -> None:
+        kept["manifest"] = manifest_of(root)
+
+    def records() -> None:
+        pages = kept["manifest"].train
+        for shard in random.Random(0).sample(range(len(pages)), 20):
+            pages.record(store, shard)
+
+    return {"open the manifest": open_manifest, "records of 20 shards": records}
+
+
+def old_actor(root: Path) -> dict[str, Callable[[], Any]]:
+    return {"open the manifest": lambda: old_log.load(LocalStore(root), f"{FOLDER}/old.json")}
+
+
+def worker(root: Path) -> dict[str, Callable[[], Any]]:
+    job, kept = pickle.dumps(manifest_of(root)), dict[str, Any]()
+
+    def unpickle() -> None:
+        kept["manifest"] = pickle.loads(job)
+
+    def first_step() -> None:
+        order = TrainingOrder(kept["manifest"].train.rows, GROUP, 0, FOLLOWERS * ROWS_A_STEP)
+        order.shard_count_until(1)
+        order.share(0, 7, FOLLOWERS)
+
+    return {"unpickle the job": unpickle, "order and first step": first_step}
+
+
+def old_worker(root: Path) -> dict[str, Callable[[], Any]]:
+    job, kept = pickle.dumps(old_log.load(LocalStore(root), f"{FOLDER}/old.json")), dict[str, Any]()
+
+    def unpickle() -> None:
+        kept["manifest"] = pickle.loads(job)
+
+    def first_step() -> None:
+        order = old_log.Order([record.rows for record in kept["manifest"].train], FOLLOWERS * ROWS_A_STEP)
+        order.share(0, 7, FOLLOWERS)
+
+    return {"unpickle the job": unpickle, "order and first step": first_step}
+
+
+ROLES = {
+    "driver": (old_driver, driver),
+    "actor": (old_actor, actor),
+    "worker": (old_worker, worker),
+}
+
+
+def measured(role: str, age: int, root: Path) -> Figures:
+    """Seconds of everything that a role does, and the most megabytes that it took."""
+    doings = ROLES[role][age](root)
+    figures, most = Figures(), 0.0
+    base = reset_peak()
+    for name, do in doings.items():
+        reset_peak()
+        started = time.perf_counter()
+        found = do()
+        figures[f"{name}, s"] = round(time.perf_counter() - started, 3)
+        most = max(most, (peak() - base) / 2**20)
+        if isinstance(found, bytes):
+            figures[f"{name}, MB"] = round(len(found) / 2**20, 2)
+    return figures | {"extra_mb": round(most, 1)}
+
+
+def processes(root: Path) -> dict[str, dict[str, Figures]]:
+    found: dict[str, dict[str, Figures]] = {}
+    for role in ROLES:
+        found[role] = {}
+        for age, name in enumerate(("old", "new")):
+            with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                found[role][name] = alone.submit(measured, role, age, root).result()
+    return found
+
+
+# Decoding.
+
+
+def decoding() -> dict[str, float]:
+    """Rows decoded over rows used, by ranks with few rows each that keep the groups of the last step."""
+    batch = RANKS * ROWS_A_STEP
+    found: dict[str, float] = {}
+    shards = -(-DECODED_STEPS * batch // LARGE_ROWS)
+    order = TrainingOrder([LARGE_ROWS] * shards, GROUP, 0, batch)
+    ranks = random.Random(0).sample(range(RANKS), WATCHED_RANKS)
+    found[f"now, groups of {GROUP}"] = amplification(order.share, ranks, GROUP, lambda row: row // GROUP)
+    for rows in (64, LARGE_ROWS):
+        before = old_log.Order([rows] * (DECODED_STEPS * batch // rows), batch)
+        found[f"before, shards of {rows}"] = amplification(before.share, ranks, rows, lambda _: 0)
+    return found
+
+
+def amplification(
+    share: Callable[[int, int, int], Sequence[tuple[int, int]]], ranks: Sequence[int], rows: int, unit: Callable[[int], int]
+) -> float:
+    decoded = used = 0
+    for rank in ranks:
+        kept: set[tuple[int, int]] = set()
+        for step in range(DECODED_STEPS - 1):
+            needed = {(shard, unit(row)) for shard, row in share(step, rank, RANKS)}
+            decoded, used, kept = decoded + rows * len(needed - kept), used + ROWS_A_STEP, needed
+    return round(decoded / used, 3)
+
+
+# Followers.
+
+
 def train_through(log: LabelLog, size: int) -> Figures:
-    """`FOLLOWERS` followers take every step of an epoch; CPU time of a follower's step in each tenth of it."""
-    order = TrainingOrder([ROWS] * size, 0, FOLLOWERS * ROWS_A_STEP)
-    steps = size * ROWS // (FOLLOWERS * ROWS_A_STEP)
-    tenths, began = [], time.process_time()
-    for step in range(steps):
+    """`FOLLOWERS` followers take some steps; CPU time of a follower's step in each quarter, and shards that each looks for."""
+    order = TrainingOrder([LARGE_ROWS] * size, GROUP, 0, FOLLOWERS * ROWS_A_STEP)
+    demand, quarters, looks = order.shards_until(FOLLOWED_STEPS), list[float](), 0
+    known = [0] * FOLLOWERS
+    began = time.process_time()
+    for step in range(FOLLOWED_STEPS):
         for rank in range(FOLLOWERS):
-            order.shard_count_until(step + 1)
-            for shard in dict.fromkeys(s for s, _ in order.share(step, rank, FOLLOWERS)):
+            count = order.shard_count_until(step + 1)
+            for shard in demand[known[rank] : count]:
                 log.awaited(shard, _never)
-        if (step + 1) * 10 // steps > step * 10 // steps:
-            tenths.append(time.process_time() - began)
+                looks += 1
+            known[rank] = count
+            order.share(step, rank, FOLLOWERS)
+        if (step + 1) * 4 % FOLLOWED_STEPS == 0:
+            quarters.append(time.process_time() - began)
             began = time.process_time()
-    each = [round(cpu_s / (steps / 10 * FOLLOWERS) * 1e6, 1) for cpu_s in tenths]
-    return {"followers": FOLLOWERS, "steps": steps, "cpu_us_by_tenth": each, "last_over_first": round(each[-1] / each[0], 2)}
+    each = [round(cpu_s / (FOLLOWED_STEPS / 4 * FOLLOWERS) * 1e6, 1) for cpu_s in quarters]
+    return {
+        "followers": FOLLOWERS,
+        "steps": FOLLOWED_STEPS,
+        "cpu_us_by_quarter": each,
+        "looks_a_step": round(looks / FOLLOWED_STEPS / FOLLOWERS, 3),
+    }
 
 
 class Watched(LabelLog):
@@ -183,7 +347,7 @@ class Watched(LabelLog):
 def wait_together(log: LabelLog, shard: int, pauses: tuple[float, float]) -> Figures:
     """`FOLLOWERS` threads wait for `shard`, committed after `WAIT_S`: what they ask of the storage, and how late they are."""
     label_log.POLL_S = pauses
-    watched, ends = Watched(log.store, log.key), []
+    watched, ends = Watched(log.store, log.key), []  # type: ignore[arg-type]
 
     def follow() -> None:
         watched.awaited(shard, _never)
@@ -224,23 +388,23 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="log-", dir=args.folder) as folder:
-        logs = {size: grow(Path(folder) / str(size), size) for size in args.sizes}
-        costs = each(logs)
-        costs["missing"] = {size: missing(log, size) for size, log in logs.items()}
-        costs["seal"] = {size: seal(log, size) for size, log in logs.items()}
-        print(json.dumps(costs), flush=True)
-        most = max(logs)
-        result = {
-            "machine": machine(),
-            "load": round(os.getloadavg()[0], 2),
-            "costs": costs,
-            "growth": growth(costs),
-            "train_through": train_through(logs[most], most),
-            "wait_together": {
+        roots = {size: Path(folder) / str(size) for size in args.sizes}
+        logs = {size: grow(root, size) for size, root in roots.items()}
+        most, parts = max(logs), dict[str, Any]()
+        doings: dict[str, Callable[[], Any]] = {
+            "processes": partial(processes, roots[most]),
+            "decoding": decoding,
+            "operations": partial(operations, logs),
+            "train_through": partial(train_through, logs[most], most),
+            "wait_together": lambda: {
                 name: wait_together(logs[most], most + SAMPLES + i, pauses) for i, (name, pauses) in enumerate(PAUSES.items())
             },
         }
-    keep("log_scale", result)
+        for name, do in doings.items():
+            parts[name] = do()
+            print(json.dumps({name: parts[name]}), flush=True)
+        result = {"machine": machine(), "load": round(os.getloadavg()[0], 2), "shards": most}
+    keep("log_scale", result | parts | {"growth": growth(parts["operations"])})
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class Course:
         from orchestrator.student.worker import train_step
 
         for _ in range(steps):
-            means = train_step(self.trainer, self._job, self._schedule, len(self.losses), self._rows)
+            means = train_step(self.trainer, self._job, self._schedule, len(self.losses), self._rows).means
             self.losses.append(float(means[0]))
 
 

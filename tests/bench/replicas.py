@@ -30,17 +30,21 @@ import ray
 from keep import keep, machine
 
 from orchestrator.models.build import build_model
+from orchestrator.runtime.board import start_board
 from orchestrator.runtime.environment import prepare_ray
 from orchestrator.spec.labels import SampledLabels
 from orchestrator.spec.model import Model, Replicas, TeacherBase
+from orchestrator.store.claims import Claims
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import MANIFEST, TokenManifest
-from orchestrator.store.shards import TokenShard, put_shard
+from orchestrator.store.shard_pages import paged
+from orchestrator.store.shards import TokenShard, put_tokens
 from orchestrator.teacher.backend import Replica
-from orchestrator.teacher.labeller import Labeller, Labelling
 from orchestrator.teacher.placement import Placement
 from orchestrator.teacher.pool import label_shards
+from orchestrator.teacher.task import Item, LabelTask
+from orchestrator.teacher.writer import ShardWriter
 
 POOLS = (1, 2, 4)
 SHARDS, ROWS, SEQ = 64, 8, 256
@@ -55,16 +59,16 @@ TEACHER = "MapBatches(Labeller)"
 Figures = dict[str, float]
 
 
-def prepare(store: LocalStore) -> Labelling:
+def prepare(store: LocalStore) -> LabelTask:
     """A teacher and token shards in `store`, and the work of labelling them into no log yet."""
     model = build_model(Model(type="llama", config=MODEL | {"tie_word_embeddings": True}), VOCAB, 0, "teacher")
     model.save_pretrained(store.path("teacher"))
     ids = np.random.default_rng(0).integers(0, VOCAB, (SHARDS, ROWS, SEQ + 1), dtype=np.int32)
     tokens = [TokenShard([f"{s:08d}{r:08d}".encode() for r in range(ROWS)], ids[s]) for s in range(SHARDS)]
-    records = [put_shard(store, "data/train", index, shard.to_table()) for index, shard in enumerate(tokens)]
-    manifest = TokenManifest.without_corpus(SEQ, VOCAB, records)
+    records = [put_tokens(store, "data/train", index, shard, 16) for index, shard in enumerate(tokens)]
+    manifest = TokenManifest.without_corpus(SEQ, VOCAB, paged(store, "data/train", records))
     manifest.save(store, f"data/{MANIFEST}")
-    return Labelling(
+    return LabelTask(
         store=store,
         data_folder="data",
         replica=Replica(store.address("teacher"), "bf16"),
@@ -73,6 +77,7 @@ def prepare(store: LocalStore) -> Labelling:
         log_key="",
         micro_batch=4,
         board=None,
+        claims=Claims(store, "", "bench"),
     )
 
 
@@ -98,7 +103,7 @@ class Spent:
         return cls(time.perf_counter(), teachers, others)
 
 
-def pooled(work: Labelling, replicas: int) -> Figures:
+def pooled(work: LabelTask, replicas: int) -> Figures:
     """Label all shards with a pool of `replicas`."""
     shards = [(shard, shard) for shard in range(SHARDS)]
     moments: dict[int, Spent] = {}
@@ -121,27 +126,28 @@ def pooled(work: Labelling, replicas: int) -> Figures:
     }
 
 
-def bare(work: Labelling) -> Figures:
+def bare(work: LabelTask) -> Figures:
     """Label all shards in a loop, in a process of its own."""
-    labeller = Labeller(work)
+    writer = ShardWriter(work)
     for shard in range(SHARDS):
         if shard == WARM:
             began, started = time.process_time(), time.perf_counter()
         if shard == LAST:
             wall_s, cpu_s = time.perf_counter() - started, time.process_time() - began
-        labeller.label(shard, shard)
+        writer.commit(writer.ask(Item("shard", shard, shard)))
     return {"tokens_per_s": TOKENS / wall_s, "tokens_per_cpu_s": TOKENS / cpu_s, "shard_ms": 1000 * wall_s / (LAST - WARM)}
 
 
-def into_log(work: Labelling, name: str) -> Labelling:
-    return replace(work, log_key=LabelLog.open(work.store, {"bench": name}).key)
+def into_log(work: LabelTask, name: str) -> LabelTask:
+    log = LabelLog.open(work.store, {"bench": name})
+    return replace(work, log_key=log.key, claims=Claims(work.store, log.folder, "bench"))
 
 
-def one_round(work: Labelling, number: int) -> dict[str, Figures]:
+def one_round(work: LabelTask, board: Any, number: int) -> dict[str, Figures]:
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
         found = {"bare": fresh.submit(bare, into_log(work, f"bare {number}")).result()}
     for replicas in POOLS:
-        found[f"pool of {replicas}"] = pooled(into_log(work, f"{replicas} {number}"), replicas)
+        found[f"pool of {replicas}"] = pooled(replace(into_log(work, f"{replicas} {number}"), board=board), replicas)
         print(json.dumps(found), flush=True)
     return found
 
@@ -172,9 +178,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rep-", ignore_cleanup_errors=True) as folder:
         work = prepare(LocalStore(Path(folder) / "store"))
         ray.init(address="local", num_cpus=max(POOLS), include_dashboard=False, log_to_driver=False, _temp_dir=f"{folder}/ray")
+        board = start_board()
         loads, rounds = [], []
         for number in range(args.rounds):
-            rounds.append(one_round(work, number))
+            rounds.append(one_round(work, board, number))
             loads.append(os.getloadavg()[0])
         ray.shutdown()
     result = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ def topk_kind(vocab: int, k: int, temperatures: tuple[float, ...] = (1.0,)) -> L
 
 def encode(kind: LabelKind, logits: torch.Tensor, seeds: list[bytes]) -> Arrays:
     """What comes back of the labels of `logits` [rows, seq, vocab] after they were stored."""
-    kind._frame = replace(kind._frame, seq_len=logits.shape[1])  # type: ignore[attr-defined]
+    kind._shape = kind._shape._replace(seq_len=logits.shape[1])  # type: ignore[attr-defined]
     arrays = kind.extract(Answer.of_logits(logits), seeds)
     back = kind.unpack(kind.pack(arrays))
     assert same(back, arrays)

@@ -12,10 +12,10 @@ from torch.nn.functional import linear, silu
 from transformers.modeling_layers import MtpLayer
 
 from orchestrator.errors import SpecError
-from orchestrator.evaluate.speculate import acceptance, generate
 from orchestrator.models.build import build_model, load_model
 from orchestrator.models.head import last_hidden
 from orchestrator.models.mtp import MultiTokenPrediction, load_mtp, save_mtp, shifted
+from orchestrator.models.speculate import acceptance, generate
 from orchestrator.spec.model import Model
 
 Tensor = torch.Tensor
@@ -305,7 +305,7 @@ def plain_chains(model: Any, mtp: Any, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 10.0])
 def test_acceptance_against_a_plain_count(seed: int, noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.evaluate.speculate.head_rows", lambda *_: 7)  # chunks that end inside of rows
+    monkeypatch.setattr("orchestrator.models.speculate.head_rows", lambda *_: 7)  # chunks that end inside of rows
     model, mtp = trained(seed)
     mtp = noisy(mtp, model, seed, noise)
     ids = cycle(seed, 6, LONG + 1)

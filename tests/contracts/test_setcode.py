@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.labels.setcode import COLUMNS, decode_sets, encode_sets, entropy_bound
-from orchestrator.store.shards import to_parquet
+from orchestrator.store.row_groups import to_parquet
 
 GEMMA = 1 << 18
 FACTOR = 1.15
@@ -128,7 +128,8 @@ def test_rows_are_read_alone_when_the_table_is_at_hand(seed: int) -> None:
 def test_size_is_near_the_entropy(seed: int) -> None:
     some = drawn(seed, 64, 256, GEMMA)
     bound = sum(entropy_bound(*some[:3]).values()) * some.unique.size
-    stored = len(to_parquet(pa.table({name: pa.array(values, pa.binary()) for name, values in encoded(some).items()})))
+    table = pa.table({name: pa.array(values, pa.binary()) for name, values in encoded(some).items()})
+    stored = len(to_parquet([table])[0])
     plain = len(some.ids) * 4 + some.unique.size
     assert bound < stored < FACTOR * bound < plain, f"{stored / bound:.3f} of the bound, {plain / bound:.3f} unpacked"
 

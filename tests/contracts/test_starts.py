@@ -17,6 +17,7 @@ from orchestrator.models.build import build_model, load_model
 from orchestrator.models.share import plainly_named, read_share
 from orchestrator.spec.job import Job
 from orchestrator.spec.model import CheckpointStudent, Model, UpcycledStudent
+from orchestrator.store.interface import unguarded
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import ModelFolder, ModelManifest, describe_folder
 from orchestrator.student.initial import Origin, _made, _make_task
@@ -120,7 +121,7 @@ def test_first_weights_can_be_read_one_by_one(folder: Path, tmp_path: Path) -> N
     brought = origin(folder, tmp_path, CheckpointStudent(kind="checkpoint", path=str(folder)))
     mixed = origin(folder, tmp_path, UpcycledStudent(kind="upcycled", path=str(folder)))
     for made in (brought, mixed):
-        _make_task._function(made)
+        _make_task._function(made, unguarded)
         found = made.store.path(f"{made.stage}/model")
         assert plainly_named(found)
         whole = load_model(found, "fp32", torch.device("cpu"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 import re
@@ -18,10 +20,10 @@ import pytest
 
 from orchestrator.errors import LockedError
 from orchestrator.store import mirror
-from orchestrator.store.files import Store, local_folder, open_store
+from orchestrator.store.files import HeldElsewhere, Store, local_folder, open_store
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
-from orchestrator.store.records import describe_folder, finish_model, finished_model
+from orchestrator.store.records import FileRecord, describe_folder, finish_model, finished_model
 from tests.contracts.stored import FILES, build, damage, eventually, read, write
 from tests.label_logs import IDENTITY, labels_of, manifest_of, tokens_of, verified
 from tests.s3 import Server
@@ -207,6 +209,32 @@ def test_a_workspace_keeps_what_is_written_on_and_on(store: Store, monkeypatch: 
     assert store.read("runs/a/other") == b"as it is"
 
 
+def test_a_folder_is_fetched_file_by_file(store: Store) -> None:
+    build(store, "stage/model", FILES)
+    records = store.contents("stage/model")
+    assert records is not None
+    outline = store.outline("stage/model")
+    assert {str(path.relative_to(outline)) for path in outline.rglob("*") if path.is_file()} == set(FILES)
+    for name, content in FILES.items():
+        assert store.fetch("stage/model", name).read_bytes() == (outline / name).read_bytes() == content
+        assert store.holds("stage/model", {name: records[name]})
+        assert not store.holds("stage/model", {name: records[name].model_copy(update={"sha256": "0" * 64})})
+        assert not store.holds("stage/model", {f"{name}.other": records[name]})
+    assert not store.holds("stage/other", records) and store.holds("stage/model", {})
+    store.forget("stage/model")
+    assert outline.is_dir() == isinstance(store, LocalStore), "no copy stays on the node"
+    with pytest.raises(FileNotFoundError):
+        store.outline("stage/other")
+
+
+def test_files_that_a_part_has_described_are_not_hashed_again(store: Store) -> None:
+    told = FileRecord(sha256="told", bytes=1)
+    with store.part_of("stage/model") as part:
+        write(part.folder, {"a": b"1", "b": b"2"})
+        part.files["a"] = told
+    assert part.files["a"] == told and part.files["b"] == FileRecord(sha256=hashlib.sha256(b"2").hexdigest(), bytes=1)
+
+
 # Locks.
 
 HOLDER = """
@@ -272,6 +300,37 @@ def test_a_holder_that_slept_too_long_learns_that_it_has_lost(store: Store, hold
         still_ours()  # its going has freed nothing
 
 
+def test_what_a_lock_guarded_is_not_published_once_it_is_anothers(store: Store, quick: None) -> None:
+    """The driver holds the lock, a worker asks for it: another process, perhaps on another node."""
+    with store.exclusive("run/lock") as first:
+        worker: HeldElsewhere = pickle.loads(pickle.dumps(HeldElsewhere(store, "run/lock", first.token)))
+        time.sleep(0.5)  # it is renewed under the same token
+        worker()
+        with store.folder_for("stage/model", worker) as folder:
+            write(folder, FILES)
+    with store.exclusive("run/lock") as second:
+        assert second.token != first.token
+        for check in (worker, HeldElsewhere(store, "never/lock", first.token)):
+            with pytest.raises(LockedError, match="is locked by"), store.folder_for("stage/other", check) as folder:
+                write(folder, FILES)
+        HeldElsewhere(store, "run/lock", second.token)()
+    assert store.keys("stage") == ["model"], "what was published before stays, what came too late is not seen"
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_lease_that_was_taken_over_fences_the_workers_of_the_sleeper(
+    store: Store, holder: subprocess.Popen[str], quick: None
+) -> None:
+    token = json.loads(store.read("run/lock"))["id"]
+    worker = HeldElsewhere(store, "run/lock", token)
+    worker()
+    holder.send_signal(signal.SIGSTOP)
+    with store.exclusive("run/lock"):
+        with pytest.raises(LockedError, match=f":{os.getpid()} since"), store.folder_for("stage/model", worker) as folder:
+            write(folder, FILES)
+        assert not store.exists("stage/model")
+
+
 def test_of_eight_that_want_a_lock_one_gets_it(store: Store, quick: None) -> None:
     barrier, entered, refused = threading.Barrier(8), [], []
 
@@ -292,6 +351,18 @@ def test_of_eight_that_want_a_lock_one_gets_it(store: Store, quick: None) -> Non
     assert (len(entered), len(refused)) == (1, 7)
 
 
+# Parts of files.
+
+
+def test_a_range_is_read_by_itself(store: Store) -> None:
+    store.put_if_absent("file", bytes(range(100)))
+    assert store.read_range("file", 0, 100) == bytes(range(100))
+    assert store.read_range("file", 30, 5) == bytes(range(30, 35))
+    assert store.read_range("file", 95, 50) == bytes(range(95, 100)), "the file ends before"
+    with pytest.raises(FileNotFoundError):
+        store.read_range("other", 0, 1)
+
+
 # The label log, wherever it lies.
 
 
@@ -305,5 +376,5 @@ def test_a_label_log_is_written_followed_and_sealed(store: Store) -> None:
     assert log.missing([2, 0, 1]) == [] and [shard for shard, _ in verified(log)] == [0, 1, 2]
     log.keep("basis", b"kept")
     assert log.kept("basis") == b"kept"
-    seal, ledger = log.seal([0, 1, 2], manifest_of(shards))
+    seal, ledger = log.seal([0, 1, 2], manifest_of(store, shards))
     assert ledger.balanced and seal.rows == 12

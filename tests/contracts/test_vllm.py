@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from urllib3.util import Retry
 
-from orchestrator.errors import DataError, DistillError, EnvironmentFault, SpecError
+from orchestrator.errors import DataError, DistillError, EnvironmentFault, IntegrityError, SpecError
+from orchestrator.labelling import _named_server
 from orchestrator.labels.kinds import label_kind
 from orchestrator.labels.layout import Arrays, Frame
 from orchestrator.models.build import build_model
 from orchestrator.spec.labels import TopkLabels
-from orchestrator.spec.model import Model, VllmServer
+from orchestrator.spec.model import Model, TransformersTeacher, VllmServer
+from orchestrator.store.label_log import LabelLog
+from orchestrator.store.local import LocalStore
 from orchestrator.teacher import vllm
 from orchestrator.teacher.backend import Replica, Teacher, TransformersBackend
+from orchestrator.teacher.probe import PROBE, check_probe
 from orchestrator.teacher.vllm import VllmBackend
 
 VOCAB, SEQ, K, LIMIT, KEY = 61, 12, 8, 20, "token-of-the-test"
@@ -33,7 +39,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, model: Any) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.model, self.key = model, ""
+        self.model, self.key, self.name = model, "", "tiny"
         self.failures: list[int] = []
         """Statuses of the next replies."""
         self.places_kept, self.asked, self.shift = 10**6, 0, 0.0
@@ -62,7 +68,15 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self._reply(200, {"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": SEQ + 2}]})
+        self._reply(
+            200,
+            {
+                "object": "list",
+                "data": [
+                    {"id": self.server.name, "root": f"/models/{self.server.name}", "object": "model", "max_model_len": SEQ + 2}
+                ],
+            },
+        )
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -100,7 +114,7 @@ def local(folder: Path) -> TransformersBackend:
 @pytest.fixture
 def server(local: TransformersBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(vllm, "TRIES", Retry(total=3, backoff_factor=0.01, status_forcelist=(503,), allowed_methods=None))
-    with Server(local._model) as server:
+    with Server(local.model) as server:
         thread = Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield server
@@ -131,6 +145,17 @@ def test_labels_are_those_of_the_model_that_is_served(seed: int, server: Server,
     tail = next(name for name in expected if name.startswith("tail"))
     np.testing.assert_allclose(found[tail], expected[tail], atol=1e-5)
     assert not np.array_equal(found["ids"], labels(local, token_ids(seed + 1), k)["ids"]), "other rows have other labels"
+
+
+def test_it_tells_how_likely_the_text_is(seed: int, server: Server, local: TransformersBackend) -> None:
+    """Whatever k is: the id that stands in a place is named there too."""
+    ids = torch.randint(VOCAB, (3, SEQ + 1), generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        log_probs = local.model(input_ids=ids[:, :-1]).logits.float().log_softmax(-1)
+    expected = log_probs.gather(2, ids[:, 1:, None])[..., 0]
+    found = backend(server, 1).target_log_probs(ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert bool((log_probs.argmax(-1) != ids[:, 1:]).any()), "most are not the most likely"
 
 
 def test_a_server_that_is_away_for_a_moment_costs_nothing(seed: int, server: Server) -> None:
@@ -176,6 +201,61 @@ def test_replies_that_say_too_little(seed: int, server: Server) -> None:
     with pytest.raises(EnvironmentFault, match=r"teacher\.vllm.* answered 500: .*busy"):
         server.failures = [500]
         backend(server)
+
+
+# Which model it is.
+
+
+def other_model(seed: int) -> Any:
+    """A model of the same sizes with other weights."""
+    return build_model(Model(config=SMALL), VOCAB, seed, "teacher").eval()
+
+
+def test_another_model_under_the_same_name_does_not_continue_a_log(seed: int, server: Server, log: LabelLog) -> None:
+    ids = token_ids(seed)
+    for prompts in (ids, token_ids(seed + 1)):  # what is asked is what was asked first
+        check_probe(log, backend(server), prompts, "tiny")
+    kept = log.kept(PROBE)
+    server.model = other_model(seed)
+    with pytest.raises(
+        IntegrityError, match=rf"^teacher\.vllm: tiny is another model .*{re.escape(log.folder)}: .* at \d+% of"
+    ):
+        check_probe(log, backend(server), ids, "tiny")
+    assert log.kept(PROBE) == kept and kept is not None
+
+
+@pytest.mark.parametrize(("noise", "same"), [(0.0001, True), (0.05, False)])
+def test_rounding_is_no_other_model(seed: int, server: Server, log: LabelLog, folder: Path, noise: float, same: bool) -> None:
+    ids = torch.randint(VOCAB, (8, SEQ), generator=torch.Generator().manual_seed(seed))
+    check_probe(log, backend(server), ids, "tiny")
+    server.model = TransformersBackend(Replica(str(folder), "fp32")).model
+    for weight in server.model.parameters():
+        weight.data += noise * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    if same:
+        check_probe(log, backend(server), ids, "tiny")
+    else:
+        with pytest.raises(IntegrityError):
+            check_probe(log, backend(server), ids, "tiny")
+
+
+def test_the_first_models_name_is_looked_up(server: Server, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+
+    def named(path: str, model: str | None = None) -> str | None:
+        teacher = TransformersTeacher(kind="transformers", path=path, vllm=VllmServer(url=server.url, model=model))
+        found = _named_server(cast(Any, SimpleNamespace(job=SimpleNamespace(teacher=teacher), store=store, warn=warned.append)))
+        return found and found.model
+
+    assert named("maker/tiny") == "tiny" and named("/models/tiny/", model="given") == "given" and warned == []
+    assert named("maker/large") == "tiny"
+    assert len(warned) == 1 and "serves tiny, which is called otherwise than teacher.path maker/large" in warned[0]
+    server.name = "next"
+    assert named("maker/next") == "next", "and so labels go into another log"
+    monkeypatch.setattr(server, "key", "a key that we lack")
+    assert named("maker/next") == "next", "a server that does not answer stands for what it last served"
+    store.remove("names")
+    with pytest.raises(EnvironmentFault):
+        named("maker/next")
 
 
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def again(first: Finished) -> Finished:
 @pytest.fixture
 def copied(first: Finished, tmp_path: Path) -> Json:
     """The job, not tracked, on a copy of the storage in which it is done."""
-    for stage in COSTLY:
+    for stage in (*COSTLY, "heldout"):
         shutil.copytree(first.storage / stage, tmp_path / "store" / stage)
     return first.job | {"storage": str(tmp_path / "store"), "tracking": {"enabled": False}}
 

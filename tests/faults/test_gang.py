@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ from orchestrator.runtime.board import STUDENT_SHARDS, start_board
 from orchestrator.spec.model import Model, TeacherBase
 from orchestrator.spec.train import Train
 from orchestrator.student import launch
-from orchestrator.teacher import placement
+from orchestrator.teacher import gang, placement
 from orchestrator.teacher.backend import Replica
 from orchestrator.teacher.make import load_replica
 from orchestrator.teacher.pace import ASK_EVERY_S, Pace
@@ -169,3 +171,18 @@ def test_the_time_of_replicas_is_added_up() -> None:
     assert told == [False, False, False, True, False], "the fourth is of a process that took the place of another"
     assert usage.replicas["a"] == Seconds(12, 4, 4) and usage.total == Seconds(15, 5, 5)
     assert usage.blocked_fraction == 0.25
+
+
+def test_a_process_whose_call_hangs_is_lost_and_one_that_works_is_not() -> None:
+    """Both keep in touch all the time; only the time that a call takes tells them apart."""
+    told: dict[str, threading.Event] = {}
+    calls = {name: gang._Calls(longest_s=2.5) for name in ("hangs", "works")}
+    for name, own in calls.items():
+        told[name], (here, there) = threading.Event(), socket.socketpair()
+        gang._watch(here, PATIENCE_S, own, lambda silent, name=name: silent or told[name].set())
+        gang._watch(there, PATIENCE_S, gang._Calls(longest_s=600), lambda silent: None)
+    with calls["hangs"].one():
+        for _ in range(5):
+            with calls["works"].one():
+                time.sleep(1)
+        assert told["hangs"].is_set() and not told["works"].is_set()

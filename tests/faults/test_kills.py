@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orchestrator.store.row_groups import to_parquet
 from tests.faults.trials import Late, strike_in_time, wait_for
 from tests.tiny import (
     DISTILL,
@@ -233,14 +234,16 @@ def tamper(log: Path) -> None:
     commit = sorted((log / "commits").iterdir())[0]
     record = json.loads(commit.read_text())
     file = log / "data" / record["file"]
-    table = pq.read_table(file)
+    with pq.ParquetFile(file) as opened:
+        table, *others = [opened.read_row_group(number) for number in range(opened.num_row_groups)]
     order = [1, 0, *range(2, table.num_rows)]
     for column in set(table.column_names) - {"row_id", "ids_sha256"}:
         index = table.column_names.index(column)
         table = table.set_column(index, table.schema.field(index), table[column].take(pa.array(order)))
-    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-    data = file.read_bytes()
-    commit.write_text(json.dumps(record | {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}))
+    data, footer_bytes = to_parquet([table, *others])
+    file.write_bytes(data)
+    footer = {"footer_bytes": footer_bytes, "footer_sha256": hashlib.sha256(data[-footer_bytes:]).hexdigest()}
+    commit.write_text(json.dumps(record | footer | {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}))
 
 
 def test_lost_labels_are_repaired_alone(reference: Reference, tmp_path: Path) -> None:

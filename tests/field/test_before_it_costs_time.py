@@ -60,7 +60,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
     def no_ray(*_: object, **__: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("orchestrator.run.recorder.ray_session", no_ray)
+    monkeypatch.setattr("orchestrator.run.opening.ray_session", no_ray)
     monkeypatch.setattr(sys, "argv", ["distill", *map(str, args)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ending:

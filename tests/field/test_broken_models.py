@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from orchestrator.evaluate.measure import Subject, _answers, _measured, perplexity
+from orchestrator.evaluate.figures import perplexity
+from orchestrator.evaluate.model import AnsweringTeacher, Subject
 from orchestrator.evaluate.tokens import kl_histogram
-from orchestrator.models.build import load_model
-from orchestrator.report.build import write_report
+from orchestrator.store.local import LocalStore
+from orchestrator.teacher.backend import Replica, TransformersBackend
+from tests.answers import Here, answer, heldout_of
 from tests.field import cases
-from tests.reports import small_points, small_report
+from tests.reports import small_points, small_report, write_report
 
 
 def test_perplexity_has_no_upper_end() -> None:
@@ -28,22 +28,17 @@ def test_perplexity_has_no_upper_end() -> None:
 def test_a_broken_teacher_is_measured(tmp_path: Path) -> None:
     """huge-row: the evaluation ended in an `OverflowError`; now its perplexity is infinite and the other figures are there."""
     teacher, student = cases.huge_row(tmp_path / "huge"), cases.save_model(tmp_path / "base", seed=1)
-    models: Any = {
-        "teacher": load_model(teacher, "fp32", torch.device("cpu")),
-        "student": load_model(student, "fp32", torch.device("cpu")),
-    }
     ids = torch.randint(1, 299, (4, 33), generator=torch.Generator().manual_seed(0))
     ids[:, 5] = 300  # the token whose row is huge
-    heldout: Any = SimpleNamespace(
-        windows=lambda: (ids, torch.ones_like(ids[:, 1:], dtype=torch.bool), [bytes([i]) for i in range(len(ids))])
-    )
-    subjects = {name: Subject(str(folder), "fp32") for name, folder in (("teacher", teacher), ("student", student))}
-    measured = _measured(heldout, subjects, 4, models, {name: _answers(model) for name, model in models.items()})
-    assert measured.figures["teacher"]["heldout_ppl"] == math.inf
-    ce = measured.figures["student"]["heldout_ce_nats"]
-    assert measured.figures["student"]["heldout_ppl"] == pytest.approx(math.exp(ce)), "the student is as sound as ever"
-    finite = {name: value for name, value in measured.figures["teacher"].items() if math.isfinite(value)}
+    heldout = heldout_of(LocalStore(tmp_path / "store"), ids, None, student)
+    answer(heldout, TransformersBackend(Replica(str(teacher), "fp32")), vocab_size=cases.VOCAB)
+    answering = AnsweringTeacher(str(teacher), "fp32", cases.VOCAB)
+    figures = Here(4).teacher(heldout, answering).figures
+    assert figures["heldout_ppl"] == math.inf
+    finite = {name: value for name, value in figures.items() if math.isfinite(value)}
     assert {"heldout_ce_nats", "top1_accuracy", "ece", "params", "tokens_per_s"} <= set(finite)
+    figures = Here(4).model("student", Subject(str(student), "fp32"), heldout, answering).figures
+    assert figures["heldout_ppl"] == pytest.approx(math.exp(figures["heldout_ce_nats"])), "the student is as sound as ever"
 
 
 def test_divergences_without_an_end_are_counted() -> None:

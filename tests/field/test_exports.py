@@ -146,6 +146,8 @@ def test_its_card_says_what_it_was_made_of(exports: dict[str, Path]) -> None:
     front = [yaml.safe_load(card.split("---")[1]) for card in (own, pruned)]
     assert [values["license"] for values in front] == ["unknown", "apache-2.0"]
     assert all("base_model" not in values for values in front), "a local folder is no model of the hub"
+    unmeasured = (exports["gpt2"] / "README.md").read_text()
+    assert "which has 1,000." in pruned and "which has" not in unmeasured and "| teacher |" not in unmeasured
     assert "distilled from `teacher`" in pruned and "60 of 16 rows of 32 tokens: 960 rows, 15.00 passes" in pruned
 
 

@@ -85,7 +85,9 @@ def packed(tmp_path: Path, corpus: Path, **values: Any) -> tuple[PackedPiece, np
     with store.folder_for(f"{FOLDER}/tokenizer") as folder:
         copy_tokenizer(tmp_path / "tokenizer", folder)
     source: Json = {"kind": "jsonl", "paths": [str(corpus)]}
-    data = Data.model_validate_json(json.dumps({"source": source, "seq_len": 64, "heldout_fraction": 0.1} | values))
+    data = Data.model_validate_json(
+        json.dumps({"source": source, "seq_len": 64, "rows_per_shard": 64, "heldout_fraction": 0.1} | values)
+    )
     (piece,) = list_pieces(data)
     found = pack_piece(store, FOLDER, data, piece, tokenizer_facts(store.local(f"{FOLDER}/tokenizer")))
     return found, np.concatenate([read_tokens(store, f"{FOLDER}/train", record).ids.ravel() for record in found.train])

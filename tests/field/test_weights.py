@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from orchestrator.errors import SpecError
-from orchestrator.evaluate.measure import Subject
+from orchestrator.evaluate.model import Subject
 from orchestrator.models.head import last_hidden, load_head
 from orchestrator.models.hub import ignored_weights, vocab_size_of, weight_files, weights_and_configuration
 from orchestrator.models.share import plainly_named, read_share

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from orchestrator.labels.answer import Answer
 from orchestrator.labels.codec import Codec
-from orchestrator.labels.layout import Frame
+from orchestrator.labels.layout import Frame, join
 from orchestrator.labels.targets import Dense
 from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.models.build import build_model
@@ -29,11 +29,13 @@ from orchestrator.spec.train import Train
 from orchestrator.store.label_log import LabelLog
 from orchestrator.store.local import LocalStore
 from orchestrator.store.records import TokenManifest
-from orchestrator.store.shards import TokenShard, put_shard, read_tokens
+from orchestrator.store.shard_pages import paged
+from orchestrator.store.shards import TokenShard, put_tokens, read_tokens
 from orchestrator.student.job import Soft, TrainingJob
 
 VOCAB, SEQ, STEPS, ROWS, MICRO = 128, 16, 5, 8, 2
 SHARD_ROWS = [7, 5, 8, 6, 4, 6]
+GROUP_ROWS = 2
 """36 rows an epoch: the last of the five steps begins the second one."""
 SEED = 11
 AUX_WEIGHT = 0.1
@@ -133,10 +135,11 @@ def build_bench(root: Path, vocab: int = VOCAB) -> Bench:
     for shard, rows in enumerate(SHARD_ROWS):
         ids = rng.integers(0, vocab, (rows, SEQ + 1), dtype=np.int32)
         tokens = TokenShard([rng.bytes(16) for _ in range(rows)], ids, rng.random((rows, SEQ)) < 0.7)
-        records.append(put_shard(store, "data/x/train", shard, tokens.to_table()))
+        records.append(put_tokens(store, "data/x/train", shard, tokens, GROUP_ROWS))
         shards.append(tokens)
     share = sum(int(shard.loss_mask.sum()) for shard in shards) / (sum(SHARD_ROWS) * SEQ)
-    manifest = TokenManifest.without_corpus(SEQ, VOCAB, records, target_share=share)
+    pages = paged(store, "data/x/train", records)
+    manifest = TokenManifest.without_corpus(SEQ, VOCAB, pages, target_share=share, group_rows=GROUP_ROWS)
     words = Tokenizer(WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="<|endoftext|>"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(store.path("data/x/tokenizer"))
     shape = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -154,7 +157,7 @@ def write_log(store: LocalStore, name: str, labels: Labels, shards: list[TokenSh
         if name == "shifted":
             logits = logits.roll(1, 1)
         answer = replace(Answer.of_logits(logits), features={KEPT.name: inner})
-        log.commit(shard, tokens, codec.pack(codec.extract(answer, tokens.row_ids)))
+        log.commit(shard, tokens, codec.pack_groups(codec.extract(answer, tokens.row_ids), GROUP_ROWS))
     return log.key
 
 
@@ -226,13 +229,17 @@ def routed(model: torch.nn.Module, logits: dict[str, torch.Tensor]) -> Iterator[
         hook.remove()
 
 
+def tokens_of(bench: Bench, shard: int) -> TokenShard:
+    return read_tokens(bench.store, "data/x/train", bench.manifest.train.record(bench.store, shard))
+
+
 def token_rows(bench: Bench, rows: list[tuple[int, int]]) -> torch.Tensor:
-    ids = np.stack([read_tokens(bench.store, "data/x/train", bench.manifest.train[s]).ids[r] for s, r in rows])
+    ids = np.stack([tokens_of(bench, s).ids[r] for s, r in rows])
     return torch.from_numpy(ids).long()
 
 
 def token_masks(bench: Bench, rows: list[tuple[int, int]]) -> torch.Tensor:
-    masks = [read_tokens(bench.store, "data/x/train", bench.manifest.train[s]).loss_mask for s, _ in rows]
+    masks = [tokens_of(bench, s).loss_mask for s, _ in rows]
     return torch.from_numpy(np.stack([mask[r] for mask, (_, r) in zip(masks, rows, strict=True)])).double()
 
 
@@ -241,10 +248,10 @@ def stored_features(bench: Bench, job: TrainingJob, rows: list[tuple[int, int]])
     assert job.soft is not None
     log, found = LabelLog(bench.store, job.soft.log_key), []
     for shard, row in rows:
-        tokens = read_tokens(bench.store, "data/x/train", bench.manifest.train[shard])
+        tokens = tokens_of(bench, shard)
         record = log.committed(shard)
         assert record is not None
-        raw = log.read(shard, record, tokens)[KEPT.name][row]
+        raw = [value for group in log.read(shard, record, tokens) for value in group[KEPT.name]][row]
         found.append(np.frombuffer(raw, dtype="<f2").reshape(SEQ, TEACHER_WIDTH).astype(np.float64))
     return torch.from_numpy(np.stack(found))
 
@@ -269,10 +276,11 @@ def dense_targets(
     log, codec = LabelLog(bench.store, job.soft.log_key), Codec(job.soft.labels, Frame(VOCAB, SEQ))
     parts = []
     for shard, row in rows:
-        tokens = read_tokens(bench.store, "data/x/train", bench.manifest.train[shard])
+        tokens = tokens_of(bench, shard)
         record = log.committed(shard)
         assert record is not None
-        arrays = {name: values[row : row + 1] for name, values in codec.unpack(log.read(shard, record, tokens)).items()}
+        arrays = join([codec.unpack(group) for group in log.read(shard, record, tokens)])
+        arrays = {name: values[row : row + 1] for name, values in arrays.items()}
         decoded = codec.targets(arrays, job.soft.objective.temperature)  # type: ignore[arg-type]
         if isinstance(decoded, Dense):
             parts.append((decoded.logits[0].double().softmax(-1), torch.ones(SEQ, VOCAB, dtype=torch.bool), None))
@@ -296,7 +304,7 @@ def reference(bench: Bench, job: TrainingJob, name: str) -> tuple[list[list[floa
     """(loss, CE, KL, features' loss) of every step and the final weights, of the model called `name`."""
     train, model = job.train, build_model(MODELS[name], VOCAB, SEED, "student").double()
     model.set_experts_implementation("eager")  # the default multiplies no float64
-    order = TrainingOrder(SHARD_ROWS, SEED, ROWS)
+    order = TrainingOrder(SHARD_ROWS, GROUP_ROWS, SEED, ROWS, train.steps)
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     losses = []
     taid = job.objective.taid or Taid()
@@ -352,7 +360,7 @@ def run_steps(
     losses = []
     feed = Feed(bench.store, job, trainer.data_rank, lambda: None, labels=trainer.reads_labels)
     for step, micro_batches in feed.steps(first):
-        losses.append(train_step(trainer, job, schedule, step, micro_batches).tolist()[:4])
+        losses.append(train_step(trainer, job, schedule, step, micro_batches).means.tolist()[:4])
         if not after(step + 1):
             break
     return losses

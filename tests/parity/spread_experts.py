@@ -17,6 +17,7 @@ from orchestrator.errors import SpecError
 from orchestrator.losses.schedule import ObjectiveSchedule
 from orchestrator.models.build import DTYPES, build_model
 from orchestrator.models.head import last_hidden
+from orchestrator.models.writing import ModelWriter
 from orchestrator.spec.model import Model
 from orchestrator.spec.objective import Objective
 from orchestrator.spec.train import Expert, Train
@@ -223,19 +224,22 @@ def run_steps(engine: Any, first: int, last: int) -> tuple[list[float], list[flo
 
 def train_through(case: Case, world: int, root: Path) -> dict[str, Any]:
     """Train, save as `save_model` does, and keep what the spread model makes of a batch."""
-    from orchestrator.student.experts import whole_expert_state
+    from orchestrator.student.experts import expert_tensors
 
     engine = start(case, world)
     losses, norms = run_steps(engine, 0, STEPS)
     model, dtype = engine.module.model, DTYPES[case.precision]
-    state = whole_expert_state(model, dtype)
+    state = dict(expert_tensors(model, dtype))
     with torch.no_grad():
         engine.eval()
         answer = last_hidden(model, batch(STEPS))
     if dist.get_rank() == 0:
         folder = root / str(world) / case.name
-        model.config.dtype = dtype
-        model.save_pretrained(folder, state_dict=state)
+        folder.mkdir(parents=True)
+        writer = ModelWriter(model, folder, dtype)
+        for name, value in state.items():
+            writer.add(name, value)
+        writer.finish()
         torch.save(answer, folder / "answer.pt")
     engine.destroy()
     kept: list[int] = [0] * world
@@ -246,21 +250,21 @@ def train_through(case: Case, world: int, root: Path) -> dict[str, Any]:
 def train_resumed(case: Case, world: int, root: Path) -> dict[str, Any]:
     """Train three steps, start anew from the checkpoint, and compare the end with that of an unbroken training."""
     from orchestrator.student.checkpoint import restore_checkpoint, save_checkpoint
-    from orchestrator.student.experts import whole_expert_state
+    from orchestrator.student.experts import expert_tensors
 
     store, schedule = LocalStore(root / "store"), ObjectiveSchedule(Objective(alpha=1.0), STEPS, torch.device("cpu"))
     folder = f"{world}/{case.name}"
     engine = start(case, world)
     run_steps(engine, 0, 3)
     save_checkpoint(engine, schedule, store, folder, 3)
-    before = whole_expert_state(engine.module.model, torch.float32)
+    before = dict(expert_tensors(engine.module.model, torch.float32))
     losses, norms = run_steps(engine, 3, STEPS)
-    through = whole_expert_state(engine.module.model, torch.float32)
+    through = dict(expert_tensors(engine.module.model, torch.float32))
     engine.destroy()
     engine = start(case, world)
     first = restore_checkpoint(engine, schedule, store, folder)
     same = run_steps(engine, first, STEPS) == (losses, norms)
-    resumed = whole_expert_state(engine.module.model, torch.float32)
+    resumed = dict(expert_tensors(engine.module.model, torch.float32))
     engine.destroy()
     return {
         "first": first,

@@ -18,10 +18,12 @@ from orchestrator.models.build import build_model
 from orchestrator.spec.labels import TopkLabels
 from orchestrator.store.heldout import HeldoutLog, watched_rows
 from orchestrator.store.label_log import LabelLog
-from orchestrator.store.shards import TokenShard, put_shard
+from orchestrator.store.shard_pages import paged
+from orchestrator.store.shards import TokenShard, put_tokens
 from orchestrator.student.job import Evaluation, TrainingJob
 from orchestrator.tracking import names
 from tests.parity.course import (
+    GROUP_ROWS,
     MODELS,
     SEED,
     SEQ,
@@ -59,12 +61,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     for shard, rows in enumerate(HELDOUT_SHARDS):
         ids = rng.integers(0, VOCAB, (rows, SEQ + 1), dtype=np.int32)
         tokens = TokenShard([rng.bytes(16) for _ in range(rows)], ids, rng.random((rows, SEQ)) < 0.6)
-        records.append(put_shard(bench.store, "data/x/heldout", shard, tokens.to_table()))
-    bench = replace(bench, manifest=bench.manifest.model_copy(update={"heldout": tuple(records)}))
+        records.append(put_tokens(bench.store, "data/x/heldout", shard, tokens, GROUP_ROWS))
+    pages = paged(bench.store, "data/x/heldout", records)
+    bench = replace(bench, manifest=bench.manifest.model_copy(update={"heldout": pages}))
     tokens = watched_rows(bench.store, "data/x", bench.manifest, ROWS)
     labels = TopkLabels(kind="topk", k=IDS)
     codec, log = Codec(labels, Frame(VOCAB, SEQ)), LabelLog.open(bench.store, {"name": "heldout"})
-    log.commit(0, tokens, codec.pack(codec.extract(Answer.of_logits(teacher_logits().float()), tokens.row_ids)))
+    arrays = codec.extract(Answer.of_logits(teacher_logits().float()), tokens.row_ids)
+    log.commit(0, tokens, codec.pack_groups(arrays, GROUP_ROWS))
     bench.logs["heldout"] = log.key
     return bench
 
@@ -120,7 +124,7 @@ def trained(
     def after(done: int) -> bool:
         if evaluate:
             found.append(evaluator.evaluate())
-            trainer.whole_state(trainer.model, torch.float32)  # as if this were the best
+            dict(trainer.tensors(trainer.model, torch.float32))  # as if this were the best
         if done == again:
             train_step(trainer, job, schedule, *next(Feed(bench.store, job, trainer.data_rank, lambda: None).steps(done)))
         return True
@@ -133,7 +137,7 @@ def trained(
 
 
 def digest(trainer: Any) -> str:
-    state = trainer.whole_state(trainer.model, torch.float32)
+    state = dict(trainer.tensors(trainer.model, torch.float32))
     return hashlib.sha256(b"".join(value.contiguous().numpy().tobytes() for value in state.values())).hexdigest()
 
 

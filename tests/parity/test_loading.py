@@ -1,4 +1,4 @@
-"""Ranks that make a share of a model each start with the weights of the whole; a pipeline's hold their stages only."""
+"""Ranks that make a share of a model each start with the weights of the whole, whatever they hold of it in the end."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ from tests.parity.ranks import run_on_ranks
 
 CASES = {
     "zero": [
-        Case("hard", 3, precision, model=model) for precision in ("fp32", "bf16") for model in ("tied", "untied", "experts")
+        *(Case("hard", 3, precision, model=model) for precision in ("fp32", "bf16") for model in ("tied", "untied", "experts")),
+        Case("hard", 0, model="untied"),
+        Case("hard", 1, "bf16"),
+        Case("hard", 2, "bf16", model="experts"),
     ],
+    "expert": [Case("hard", 1, precision, strategy="ep2", model="experts") for precision in ("fp32", "bf16")],
     "pipeline": [
         Case("hard", 1, strategy=strategy, model=model)
         for strategy, model in (
@@ -49,7 +53,7 @@ def starts(bench: Bench, root: Path, kind: str) -> dict[str, Any]:
             if start == "folder":
                 job = replace(job, model=Initial(folder=str(root / case.model), content=""))
             trainer = start_trainer(job)
-            states = [trainer.whole_state(part, torch.float32) for part in (trainer.model, trainer.mtp) if part is not None]
+            states = [dict(trainer.tensors(part, torch.float32)) for part in (trainer.model, trainer.mtp) if part is not None]
             held = [p.numel() for p in trainer.model.parameters() if not p.is_meta]
             counts: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(counts, sum(held))
@@ -63,14 +67,21 @@ def starts(bench: Bench, root: Path, kind: str) -> dict[str, Any]:
 def is_of_seed(case: Case, seed: int, states: list[dict[str, torch.Tensor]]) -> bool:
     """Whether the state of the model is what one process draws from `seed`, and that of what is beside it of `SEED`."""
     model: Any = build_model(MODELS[case.model], VOCAB, seed, "student")
-    whole = [model.state_dict()]
+    whole = [named_once(model)]
     if len(states) == 2:
-        whole.append(MultiTokenPrediction(model, 1, SEED).state_dict())
+        whole.append(named_once(MultiTokenPrediction(model, 1, SEED)))
     dtype = torch.float32 if case.precision == "fp32" else torch.bfloat16
     return all(
         mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name].to(dtype).float()) for name in mine)
         for mine, theirs in zip(states, whole, strict=True)
     )
+
+
+def named_once(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state of `module`, tied parameters under their first names only."""
+    state, parameters = module.state_dict(), dict(module.named_parameters())
+    buffers = dict(module.named_buffers())
+    return {name: value for name, value in state.items() if name in parameters or name in buffers}
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def spread(folders: dict[str, str], ids: list[list[int]], answers: str) -> dict[
         teacher = TransformersBackend(Replica(folder, "fp32", FEATURES, dist.get_world_size()))
         answer = teacher.answer(torch.tensor(ids))
         logits = torch.cat(list(answer.logits())).unflatten(0, (len(ids), -1))
-        weights = dict(teacher._model.named_parameters()).values()
+        weights = dict(teacher.model.named_parameters()).values()
         local = sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights)
         most = torch.tensor(local)
         dist.all_reduce(most, dist.ReduceOp.MAX)

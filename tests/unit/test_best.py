@@ -26,22 +26,27 @@ class Course:
     def __init__(self, store: LocalStore, job: TrainingJob) -> None:
         self.store, self.job = store, job
         self.checkpoints: list[Checkpoint] = [(0, Selection(store, job).state())]
+        self.written: list[Checkpoint] = []
+        """The checkpoint that is being written, if any."""
 
     def go_on(self, since: Checkpoint, until: int = len(CURVE)) -> tuple[int, dict[str, float]]:
         """Train from a checkpoint to step `until` or the end; the step reached and, at the end, what is said of the model."""
-        selection = Selection(self.store, self.job)
+        selection, self.written = Selection(self.store, self.job), []
         selection.restore(since[1])
         self.checkpoints = [c for c in self.checkpoints if c[0] <= since[0]]
         for done in range(since[0] + 1, until + 1):
             selection.take(done, CURVE[done - 1], self.save)
             selection.prune()
+            if self.written:  # what was begun after the step before is durable now
+                self.checkpoints, self.written = [*self.checkpoints, *self.written][-KEPT:], []
+                selection.saved()
+                selection.prune()
             assert len(self.bests()) <= 1 + KEPT, "one for each checkpoint, and the best"
             if selection.exhausted:
                 break
             if done % CHECKPOINT_EVERY == 0 and done < len(CURVE):
-                self.checkpoints = [*self.checkpoints, (done, selection.state())][-KEPT:]
-                selection.saved()
-                selection.prune()
+                self.written = [(done, selection.state())]
+                selection.begun()
         else:
             if until < len(CURVE):
                 return until, {}
@@ -87,8 +92,8 @@ def test_wherever_it_is_broken_off_the_same_model_is_kept(store: LocalStore, dam
 
 def test_few_models_lie_about(store: LocalStore) -> None:
     whole = course(store)
-    whole.go_on(whole.checkpoints[-1], until=9)
-    assert whole.bests() == [5, 7], "the best of the checkpoint after 6 steps, and of that after 9"
+    whole.go_on(whole.checkpoints[-1], until=10)
+    assert whole.bests() == [5, 7, 10], "the best so far, the best of the checkpoint after 6 steps, and of that after 9"
     plain = course(store, keep="last", patience=3)
     assert plain.go_on(plain.checkpoints[-1], until=9) == (9, {})
     assert plain.bests() == [], "where the last model is kept, no other is written"
@@ -96,7 +101,7 @@ def test_few_models_lie_about(store: LocalStore) -> None:
 
 def test_a_kept_model_that_is_damaged_is_not_handed_on(store: LocalStore) -> None:
     broken = course(store)
-    broken.go_on(broken.checkpoints[-1], until=12)
+    broken.go_on(broken.checkpoints[-1], until=13)
     (store.path(f"{broken.job.folder}/best/step-000010/{MODEL}") / "weights").write_text("others")
     with pytest.raises(IntegrityError, match="the best model is gone or damaged"):
         broken.go_on(broken.checkpoints[-1])

@@ -6,7 +6,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from orchestrator.evaluate.generate import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, _continue, continued, prompt_of
+from orchestrator.models.continuations import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    PROMPTS,
+    _continue,
+    chosen_prompts,
+    continuations,
+    prompt_of,
+    texts_of,
+)
 from tests.conftest import TokenizedCorpus
 from tests.unit.test_tokens import tiny
 
@@ -22,22 +31,18 @@ def greedy(model: PreTrainedModel, prompt: list[int], end: int) -> list[int]:
 
 def test_texts_are_those_of_greedy_decoding(seed: int, tokenized: TokenizedCorpus) -> None:
     folder = tokenized.store.path(f"{tokenized.folder}/tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    models = {"teacher": tiny(seed, 32), "student": tiny(seed + 1, 16)}
-    for model in models.values():  # a folder's own settings, such as a wrong end, must not matter
-        model.generation_config.eos_token_id, model.generation_config.do_sample = 7, True
-        model.config.use_cache = False
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), tiny(seed, 32)
+    # A folder's own settings, such as a wrong end, must not matter.
+    model.generation_config.eos_token_id, model.generation_config.do_sample = 7, True
+    model.config.use_cache = False
     windows = torch.randint(1, 400, (10, 129), generator=torch.Generator().manual_seed(seed))
-    kept = torch.ones(10, 128, dtype=torch.bool)
-    found, failures = continued(models, windows, kept, folder)
-    assert not failures
-    assert len(found) == PROMPTS and set(found[0]) == {"prompt", "teacher", "student"}
-    assert found == continued(models, windows, kept, folder).texts
-    for i, entry in enumerate(found):
-        prompt = windows[i * 10 // PROMPTS, :PROMPT_TOKENS].tolist()
-        assert entry["prompt"] == tokenizer.decode(prompt, skip_special_tokens=True)
-        for name, model in models.items():
-            assert entry[name] == tokenizer.decode(greedy(model, prompt, tokenizer.eos_token_id), skip_special_tokens=True)
+    prompts = chosen_prompts(windows, torch.ones(10, 128, dtype=torch.bool))
+    assert [p.tolist() for p in prompts] == [windows[i * 10 // PROMPTS, :PROMPT_TOKENS].tolist() for i in range(PROMPTS)]
+    assert texts_of(prompts, folder) == [tokenizer.decode(p.tolist(), skip_special_tokens=True) for p in prompts]
+    found = continuations(model, prompts, folder)
+    assert found == continuations(model, prompts, folder)
+    due = [greedy(model, prompt.tolist(), tokenizer.eos_token_id) for prompt in prompts]
+    assert found == [tokenizer.decode(said, skip_special_tokens=True) for said in due]
 
 
 def test_a_text_ends_with_the_end_token_and_within_the_models_context(seed: int) -> None:
@@ -50,40 +55,19 @@ def test_a_text_ends_with_the_end_token_and_within_the_models_context(seed: int)
     assert _continue(model, prompt, -1) == whole[:12]
 
 
-def test_a_prompt_leaves_every_model_room_to_go_on(seed: int, tokenized: TokenizedCorpus) -> None:
+def test_a_prompt_leaves_any_model_room_to_go_on(seed: int, tokenized: TokenizedCorpus) -> None:
     """Fault of kind: a prompt as long as the position limit left no new token, and generation refused to begin."""
     folder = tokenized.store.path(f"{tokenized.folder}/tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    models = {"teacher": tiny(seed, 32), "student": tiny(seed + 1, 16)}
-    models["student"].config.max_position_embeddings = 64
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), tiny(seed + 1, 16)
+    model.config.max_position_embeddings = 64
     windows = torch.randint(1, 400, (1, 65), generator=torch.Generator().manual_seed(seed))
     kept = torch.arange(64)[None] >= 63  # a prompt of 64 ids, then one that is learnt
-    (entry,), failures = continued(models, windows, kept, folder)
-    assert not failures
-    prompt = windows[0, 32:64].tolist()
-    assert entry["prompt"] == tokenizer.decode(prompt, skip_special_tokens=True), "the same for both"
-    said = greedy(models["student"], prompt, tokenizer.eos_token_id)[:32]
-    assert entry["student"] == tokenizer.decode(said, skip_special_tokens=True) != ""
+    (prompt,) = chosen_prompts(windows, kept)
+    assert prompt.tolist() == windows[0, 32:64].tolist(), "whatever the model, so that another one gets the same"
+    said = greedy(model, prompt.tolist(), tokenizer.eos_token_id)[:32]
+    assert continuations(model, [prompt], folder) == [tokenizer.decode(said, skip_special_tokens=True)] != [""]
     with pytest.raises(ValueError, match="max_new_tokens"):
-        _continue(models["student"], windows[0, :64], tokenizer.eos_token_id)
-
-
-def test_a_model_that_fails_is_named_and_the_others_go_on(
-    seed: int, tokenized: TokenizedCorpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tokenized.store.path(f"{tokenized.folder}/tokenizer")
-    models = {"teacher": tiny(seed, 32), "student": tiny(seed + 1, 16)}
-    windows = torch.randint(1, 400, (4, 65), generator=torch.Generator().manual_seed(seed))
-    kept = torch.ones(4, 64, dtype=torch.bool)
-    whole = continued(models, windows, kept, folder).texts
-
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no cache for this one")
-
-    monkeypatch.setattr(models["teacher"], "generate", fail)
-    texts, failures = continued(models, windows, kept, folder)
-    assert failures == {"teacher": "RuntimeError: no cache for this one"}
-    assert texts == [entry | {"teacher": None} for entry in whole]
+        _continue(model, windows[0, :64], tokenizer.eos_token_id)
 
 
 @pytest.mark.parametrize(

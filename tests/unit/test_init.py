@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.data.pack import pack_piece
-from orchestrator.data.prepare import token_manifest
-from orchestrator.data.sources import list_pieces
+from orchestrator.data.prepare import Corpus, token_manifest
+from orchestrator.data.sizing import shard_rows
+from orchestrator.data.sources import corpus_bytes, list_pieces
 from orchestrator.data.tokenizer import tokenizer_facts, train_tokenizer
 from orchestrator.errors import DataError, DistillError, SpecError
 from orchestrator.init.sizes import Machine
@@ -73,7 +74,9 @@ def written(file: Path, found: Found, teacher: TeacherFolder | None, cluster: bo
 def tokenized(job: Job, folder: Path, teacher: TeacherFolder | None) -> TokenManifest:
     """What the data stage makes of the job's corpus, in this process."""
     store, tokenizer = LocalStore(folder), job.data.tokenizer
-    pieces = list_pieces(job.data)
+    size = corpus_bytes(job.data.source)
+    data = job.data.model_copy(update={"rows_per_shard": shard_rows(job.data, size)})
+    pieces = list_pieces(data)
     with store.folder_for("data/key/tokenizer") as made:
         if isinstance(tokenizer, TrainTokenizer):
             train_tokenizer(job.data, tokenizer, pieces, made)
@@ -81,7 +84,8 @@ def tokenized(job: Job, folder: Path, teacher: TeacherFolder | None) -> TokenMan
             assert teacher is not None
             copy_tokenizer(Path(teacher.path), made)
     facts = tokenizer_facts(store.path("data/key/tokenizer"))
-    return token_manifest("key", job.data, facts, [pack_piece(store, "data/key", job.data, piece, facts) for piece in pieces])
+    packed = [pack_piece(store, "data/key", data, piece, facts) for piece in pieces]
+    return token_manifest(store, Corpus("key", data, None), facts, packed)
 
 
 def test_without_options_it_is_the_quickstart(tmp_path: Path) -> None:
@@ -99,7 +103,7 @@ def test_the_corpus_fills_its_windows(
     found = text_found(path) if kind == "notes" else rows_found(path, None, None)
     job = written(tmp_path / "job.yaml", found, teacher if own else None)
     manifest = tokenized(job, tmp_path / "store", teacher if own else None)
-    heldout, train = (sum(shard.rows for shard in part) for part in (manifest.heldout, manifest.train))
+    heldout, train = sum(manifest.heldout_rows), manifest.rows
     assert heldout >= job.evaluate.rows
     assert len(manifest.train) >= 4, "the student can follow shards"
     passes = job.train.steps * job.train.global_batch / train
@@ -114,7 +118,7 @@ def test_windows_are_counted_as_the_data_stage_counts_them(tmp_path: Path, notes
     sample = read_sample(found.source)
     windows = cut(lengths(trained_tokenizer(sample), sample.documents), longest=256)
     manifest = tokenized(written(tmp_path / "job.yaml", found, None), tmp_path / "store", None)
-    counted = [sum(shard.rows for shard in part) for part in (manifest.train, manifest.heldout)]
+    counted = [manifest.rows, sum(manifest.heldout_rows)]
     assert [windows.train, windows.heldout] == pytest.approx(counted, abs=1)
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from orchestrator.errors import IntegrityError
 from orchestrator.store.label_log import LabelLog
+from orchestrator.store.local import LocalStore
 from orchestrator.store.shards import TokenShard
-from tests.label_logs import flip, labels_of, manifest_of, tokens_of, verified
+from tests.label_logs import IDENTITY, flip, labels_of, manifest_of, tokens_of, verified
 
 
 @pytest.mark.parametrize("change", ["one id", "one row id", "a row less", "rows swapped"])
@@ -86,13 +87,16 @@ def test_a_damaged_commit_record_is_found(log: LabelLog, content: bytes) -> None
     for reader in (
         lambda: log.committed(2),
         lambda: verified(log),
-        lambda: log.seal([2], manifest_of([tokens_of(i) for i in range(3)])),
+        lambda: log.seal([2], manifest_of(log.store, [tokens_of(i) for i in range(3)])),
     ):
         with pytest.raises(IntegrityError, match=r"commits/000002\.json: not a valid record"):
             reader()
 
 
-@pytest.mark.parametrize(("name", "value"), [("rows", 5), ("sha256", "0" * 64), ("file", "other.parquet")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rows", 5), ("sha256", "0" * 64), ("file", "other.parquet"), ("rows_sha256", "0" * 64), ("footer_sha256", "0" * 64)],
+)
 def test_a_commit_record_that_tells_otherwise_is_found(log: LabelLog, name: str, value: object) -> None:
     record = log.commit(2, tokens_of(2), labels_of(tokens_of(2)))
     log.store.replace(f"{log.folder}/commits/000002.json", record.model_copy(update={name: value}).model_dump_json().encode())
@@ -100,7 +104,9 @@ def test_a_commit_record_that_tells_otherwise_is_found(log: LabelLog, name: str,
         verified(log)
 
 
-def test_verify_as_a_command(log: LabelLog) -> None:
+@pytest.mark.parametrize("root", ["labels", "heldout"])
+def test_verify_as_a_command(store: LocalStore, root: str) -> None:
+    log = LabelLog.open(store, IDENTITY, root)
     records = [log.commit(shard, tokens_of(shard), labels_of(tokens_of(shard))) for shard in range(3)]
     command = [sys.executable, "-m", "orchestrator.cli", "labels", "verify", str(log.store.path(log.folder))]
     intact = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -108,9 +114,7 @@ def test_verify_as_a_command(log: LabelLog) -> None:
     with flipped(log.store.path(f"{log.folder}/data/{records[1].file}"), bit=1000):
         damaged = subprocess.run(command, capture_output=True, text=True, check=False)
     assert damaged.returncode == 5
-    assert (
-        damaged.stdout
-        == "label shard 1: sha256 mismatch, the file has changed since it was written\n2 shards, 8 rows: intact\n"
-    )
+    problem = "label shard 1: sha256 mismatch, the file has changed since it was written"
+    assert damaged.stdout == f"{problem}\n2 shards, 8 rows: intact\n"
     (line,) = damaged.stderr.splitlines()
     assert line.startswith("distill: ") and "1 damaged" in line and f"distill labels repair {command[-1]}" in line

@@ -14,7 +14,7 @@ import pytest
 from orchestrator.errors import DataError, IntegrityError, ResumableError
 from orchestrator.store import label_log
 from orchestrator.store.label_log import LabelLog
-from orchestrator.store.records import ShardRecord
+from orchestrator.store.shard_pages import ShardRecord
 from tests.label_logs import IDENTITY, labels_of, temporary_files, tokens_of, verified
 
 # Commits.
@@ -70,9 +70,9 @@ def test_missing_keeps_the_order_asked_for(log: LabelLog) -> None:
 
 @pytest.mark.parametrize("rows", [3, 5])
 def test_a_column_of_other_length_is_refused(log: LabelLog, rows: int) -> None:
-    tokens, labels = tokens_of(1), labels_of(tokens_of(1, rows=5))
+    tokens, (labels,) = tokens_of(1), labels_of(tokens_of(1, rows=5))
     with pytest.raises(DataError, match=rf"shard 1: {rows} rows of counts@1 for 4 rows") as caught:
-        log.commit(1, tokens, labels_of(tokens) | {"counts@1": labels["counts@1"][:rows]})
+        log.commit(1, tokens, [labels_of(tokens)[0] | {"counts@1": labels["counts@1"][:rows]}])
     assert caught.value.exit_code == 3
     assert log.committed(1) is None
 
@@ -146,10 +146,10 @@ def test_a_new_identity_never_meets_old_labels(log: LabelLog) -> None:
 
 def test_a_schema_version_is_not_read_by_another(log: LabelLog, monkeypatch: pytest.MonkeyPatch) -> None:
     log.commit(0, tokens_of(0), labels_of(tokens_of(0)))
-    assert log.identity() == {"schema_version": 2, **IDENTITY}
-    monkeypatch.setattr(label_log, "LABEL_SCHEMA_VERSION", 3)
+    assert log.identity() == {"schema_version": 3, **IDENTITY}
+    monkeypatch.setattr(label_log, "LABEL_SCHEMA_VERSION", 4)
     assert LabelLog.open(log.store, IDENTITY).key != log.key
-    with pytest.raises(IntegrityError, match="not a label log of schema version 3"):
+    with pytest.raises(IntegrityError, match="not a label log of schema version 4"):
         verified(log)
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.errors import IntegrityError
-from orchestrator.store import label_log
+from orchestrator.store import seals, shard_pages
 from orchestrator.store.label_log import LabelLog
-from orchestrator.store.records import ShardRecord
+from orchestrator.store.label_repair import examine, give_up
+from orchestrator.store.row_groups import put_shard
+from orchestrator.store.seals import Committed
 from orchestrator.store.shards import TokenShard
-from tests.label_logs import commit_all, flip, manifest_of, tokens_of
+from tests.label_logs import commit_all, flip, labels_of, manifest_of, tokens_of
 
 
 @pytest.fixture
@@ -23,12 +23,12 @@ def shards() -> list[TokenShard]:
 
 
 def test_a_complete_demand_is_sealed(log: LabelLog, shards: list[TokenShard]) -> None:
-    records, manifest = commit_all(log, shards), manifest_of(shards)
+    records, manifest = commit_all(log, shards), manifest_of(log.store, shards)
     seal, ledger = log.seal([3, 1, 0], manifest)
     assert (ledger.planned, ledger.committed, ledger.quarantined, ledger.duplicates) == (13, 13, 0, 0)
     assert (seal.key, seal.shards, seal.rows) == (log.key, 3, 13)
     assert seal.bytes == sum(log.store.path(f"{log.folder}/data/{records[s].file}").stat().st_size for s in (3, 1, 0))
-    assert log.seal([3, 1, 0], manifest) == (seal, ledger)
+    assert log.seal([3, 1, 0], manifest) == log.seal([0, 1, 3], manifest) == (seal, ledger)
     assert log.seal([0, 1, 2, 3], manifest)[0].content != seal.content
     assert len(log.store.keys(f"{log.folder}/seals")) == 2
 
@@ -36,48 +36,80 @@ def test_a_complete_demand_is_sealed(log: LabelLog, shards: list[TokenShard]) ->
 def test_a_missing_shard_does_not_balance(log: LabelLog, shards: list[TokenShard]) -> None:
     commit_all(log, shards[:3])
     with pytest.raises(IntegrityError, match="planned 18, committed 12, quarantined 0, duplicates 0") as caught:
-        log.seal([0, 1, 2, 3], manifest_of(shards))
+        log.seal([0, 1, 2, 3], manifest_of(log.store, shards))
     assert caught.value.exit_code == 5
     assert log.store.keys(f"{log.folder}/seals") == []
 
 
-def craft(log: LabelLog, record: ShardRecord, row_ids: list[bytes]) -> None:
-    """Put a valid Parquet file with other row ids in the place of a committed one."""
+def craft(log: LabelLog, shard: int, row_ids: list[bytes]) -> None:
+    """Commit a valid file with other row ids in the place of a committed shard."""
     table = pa.table({"row_id": pa.array(row_ids, pa.binary(16))})
-    pq.write_table(table, log.store.path(f"{log.folder}/data/{record.file}"))
+    record = put_shard(log.store, f"{log.folder}/data", shard, [table])
+    log.store.replace(log.commit_key(shard), record.model_dump_json().encode())
 
 
 def test_a_doubled_row_does_not_balance(log: LabelLog, shards: list[TokenShard]) -> None:
-    records = commit_all(log, shards)
-    craft(log, records[2], [shards[1].row_ids[0], *shards[2].row_ids[1:]])
+    commit_all(log, shards)
+    craft(log, 2, [shards[2].row_ids[1], *shards[2].row_ids[1:]])
     with pytest.raises(IntegrityError, match="planned 18, committed 17, quarantined 0, duplicates 1"):
-        log.seal([0, 1, 2, 3], manifest_of(shards))
-    assert log.ledger([0, 2, 3], manifest_of(shards))[0].balanced, "the double is in shard 1"
+        log.seal([0, 1, 2, 3], manifest_of(log.store, shards))
+    assert log.seal([0, 1, 3], manifest_of(log.store, shards))[1].balanced, "the double is in shard 2"
+
+
+def test_a_row_of_another_shard_does_not_balance(log: LabelLog, shards: list[TokenShard]) -> None:
+    """Also where the two shards are never asked for together."""
+    commit_all(log, shards)
+    craft(log, 2, [shards[1].row_ids[0], *shards[2].row_ids[1:]])
+    with pytest.raises(IntegrityError, match="planned 5, committed 4, quarantined 0, duplicates 1"):
+        log.seal([2], manifest_of(log.store, shards))
 
 
 @pytest.mark.parametrize("rows", [4, 6])
 def test_a_lost_or_added_row_does_not_balance(log: LabelLog, shards: list[TokenShard], rows: int) -> None:
-    records = commit_all(log, shards)
-    craft(log, records[2], [f"row {i}".encode().ljust(16) for i in range(rows)])
-    with pytest.raises(IntegrityError, match=f"planned 18, committed {13 + rows}"):
-        log.seal([0, 1, 2, 3], manifest_of(shards))
+    commit_all(log, shards)
+    craft(log, 2, [*shards[2].row_ids, b"added".ljust(16)][:rows])
+    with pytest.raises(
+        IntegrityError, match=f"planned 18, committed {13 + min(5, rows)}, quarantined 0, duplicates {rows // 6}"
+    ):
+        log.seal([0, 1, 2, 3], manifest_of(log.store, shards))
 
 
-def test_books_of_many_shards_are_kept_in_order(log: LabelLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(label_log, "SHARDS_A_READER", 3)
+class Counted(LabelLog):
+    """A log that counts which shards are looked at."""
+
+    looked: list[int]
+
+    def _looked_at(self, shard: int) -> Committed | None:
+        self.looked.append(shard)
+        return super()._looked_at(shard)
+
+
+def test_a_shard_is_compared_once(log: LabelLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another demand reuses what was compared, a sealed one looks at nothing, and giving up a shard forgets it all."""
+    for module in (seals, shard_pages):
+        monkeypatch.setattr(module, "PAGE_SHARDS", 3)
     many = [tokens_of(shard, rows=1 + shard % 3) for shard in range(20)]
-    records, manifest = commit_all(log, many), manifest_of(many)
-    demand = [*range(13, 20), *range(11)]
-    ledger, found = log.ledger(demand, manifest)
-    assert found == [records[shard] for shard in demand]
-    assert ledger.balanced and ledger.committed == sum(record.rows for record in found)
-    log.store.path(f"{log.folder}/commits/000004.json").unlink()
-    ledger, found = log.ledger(demand, manifest)
-    assert found == [records[shard] for shard in demand if shard != 4]
-    assert (ledger.planned - ledger.committed, ledger.duplicates) == (records[4].rows, 0)
+    records, manifest = commit_all(log, many[:12]), manifest_of(log.store, many)
+    counted = Counted(log.store, log.key)
+    counted.looked = []
+    first, _ = counted.seal([7, 3, 11, 0], manifest)
+    assert sorted(counted.looked) == [0, 3, 7, 11]
+    assert counted.seal([0, 3, 7, 11], manifest) == (first, counted.seal([7, 3, 11, 0], manifest)[1])
+    assert len(counted.looked) == 4
+    more, ledger = counted.seal(range(12), manifest)
+    assert sorted(counted.looked) == list(range(12)), "each once"
+    assert (more.rows, more.bytes) == (sum(r.rows for r in records), sum(r.bytes for r in records)) and ledger.balanced
+    assert LabelLog(log.store, log.key).seal(range(12), manifest) == (more, ledger)
+    log.store.path(f"{log.folder}/data/{records[4].file}").unlink()
+    assert give_up(log, examine(log)[1]) == [4]
+    with pytest.raises(IntegrityError, match="does not balance"):
+        counted.seal(range(12), manifest)
+    log.commit(4, many[4], labels_of(many[4], salt=1))
+    counted.looked = []
+    assert counted.seal(range(12), manifest)[0].content != more.content and 4 in counted.looked
 
 
-@pytest.mark.parametrize("damage", ["truncated", "gone", "row id column", "footer"])
+@pytest.mark.parametrize("damage", ["truncated", "gone", "footer"])
 def test_a_damaged_file_is_not_sealed(log: LabelLog, shards: list[TokenShard], damage: str) -> None:
     records = commit_all(log, shards)
     file = log.store.path(f"{log.folder}/data/{records[1].file}")
@@ -86,8 +118,6 @@ def test_a_damaged_file_is_not_sealed(log: LabelLog, shards: list[TokenShard], d
     elif damage == "truncated":
         os.truncate(file, records[1].bytes // 2)
     else:
-        column = pq.ParquetFile(file).metadata.row_group(0).column(0)
-        middle = column.data_page_offset + column.total_compressed_size // 2
-        flip(file, 8 * (middle if damage == "row id column" else records[1].bytes - 10))
-    with pytest.raises(IntegrityError, match=f"label shard 1: .*{re.escape(records[1].file)}"):
-        log.seal([0, 1, 2, 3], manifest_of(shards))
+        flip(file, 8 * (records[1].bytes - records[1].footer_bytes // 2))
+    with pytest.raises(IntegrityError, match=r"label shard 1: (the file .* is gone|sha256 mismatch)"):
+        log.seal([0, 1, 2, 3], manifest_of(log.store, shards))

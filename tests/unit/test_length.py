@@ -17,7 +17,8 @@ from orchestrator.spec.labels import TopkLabels
 from orchestrator.spec.load import load_job, resolved_yaml
 from orchestrator.spec.train import Train
 from orchestrator.store.heldout import HeldoutLog
-from orchestrator.store.records import ShardRecord, TokenManifest
+from orchestrator.store.records import TokenManifest
+from orchestrator.store.shard_pages import ShardPages
 from orchestrator.student.job import Evaluation, TrainingJob
 
 
@@ -73,8 +74,7 @@ def test_figures_of_what_was_read() -> None:
 
 
 def training(evaluation: Evaluation | None, **train: Any) -> TrainingJob:
-    shard = ShardRecord(sha256="0", bytes=1, file="x", rows=36)
-    manifest = TokenManifest.without_corpus(64, 512, [shard])
+    manifest = TokenManifest.without_corpus(64, 512, ShardPages.of_rows([36]))
     model = Job(name="a").student.model  # type: ignore[union-attr]
     train = {"warmup_steps": 1} | train
     return TrainingJob("student", model, 512, Train(**train), 0, "", manifest, None, evaluation=evaluation)

@@ -327,8 +327,8 @@ def test_the_packed_corpus_decodes_to_its_text(tokenized: Any, corpus: Path) -> 
     assert tokenizer.get_vocab_size() == manifest.vocab_size == 400
     text = "".join(file.read_text() for file in sorted(corpus.iterdir()))
     assert manifest.documents + manifest.heldout_documents == 40
-    for part, records in (("train", manifest.train), ("heldout", manifest.heldout)):
-        shards = [read_tokens(tokenized.store, f"{tokenized.folder}/{part}", record) for record in records]
+    for pages in (manifest.train, manifest.heldout):
+        shards = [read_tokens(tokenized.store, pages.folder, record) for record in pages.records(tokenized.store)]
         for ids in np.concatenate([shard.ids for shard in shards]):
             piece = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
             assert all(part.strip("\ufffd") in text for part in piece.split("<|endoftext|>"))

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.report.build import write_report
 from orchestrator.report.charts.timeline import binned
 from orchestrator.report.timeline import lanes
-from tests.reports import STEPS, TOKENS, small_points, small_samples, whole_report
+from tests.reports import STEPS, TOKENS, small_points, small_samples, whole_report, write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FIRST = """<script>

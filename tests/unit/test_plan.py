@@ -129,7 +129,7 @@ def test_deepspeed_config(precision: Any, stage: Any) -> None:
     assert config["zero_optimization"] == {"stage": stage}
     optimizer = config["optimizer"]
     assert optimizer["type"] == "AdamW"
-    assert optimizer["params"] == {"lr": 3e-4, "betas": [0.8, 0.99], "weight_decay": 0.05, "torch_adam": True}
+    assert optimizer["params"] == {"lr": 3e-4, "betas": [0.8, 0.99], "weight_decay": 0.05, "torch_adam": True, "fused": True}
     assert ("bf16" in config) == (precision == "bf16")
     assert "fp16" not in config
     if precision == "bf16":
@@ -288,6 +288,20 @@ def test_figures_of_a_plan() -> None:
     assert isinstance(teacher, PretrainTeacher)
     assert plan.student.params == sum(p.numel() for p in build_model(student, 4096, 0, "student").parameters())
     assert plan.teacher.params == sum(p.numel() for p in build_model(teacher.model, 4096, 0, "teacher").parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "gpus"),
+    [
+        ({}, 0),
+        ({"train": Train(steps=20, gpus_per_worker=1)}, 1),
+        ({"teacher": PretrainTeacher(gpus_per_shard=1)}, 1),
+        ({"teacher": PretrainTeacher(train=Train(steps=20, gpus_per_worker=1))}, 1),
+    ],
+)
+def test_models_are_measured_on_a_gpu_where_anything_is_computed_on_one(fields: Any, gpus: int) -> None:
+    (evaluate,) = (stage for stage in plan_of(**fields).stages if stage.name == "evaluate")
+    assert (evaluate.cpus, evaluate.gpus) == (1, gpus)
 
 
 def test_a_plan_without_a_known_vocabulary() -> None:

@@ -117,7 +117,7 @@ def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_a_damaged_token_shard_is_named(tokenized: Any, tmp_path: Path) -> None:
-    record = tokenized.manifest.train[1]
+    record = tokenized.manifest.train.record(tokenized.store, 1)
     folder = LocalStore(tmp_path)
     good = tokenized.store.read(f"{tokenized.folder}/train/{record.file}")
     assert len(read_tokens(tokenized.store, f"{tokenized.folder}/train", record).ids) == record.rows

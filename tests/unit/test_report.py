@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.report.build import verdict, write_report
+from orchestrator.report.build import verdict
 from orchestrator.report.charts import charts
 from orchestrator.report.charts.figure import Curve, end_labels
 from orchestrator.report.facts import SPEEDS, hardware_rows
 from orchestrator.report.text import shown
 from orchestrator.report.words import nats, percent, seconds, short, size, visible
-from tests.reports import small_points, small_report, small_samples, whole_report
+from tests.reports import small_points, small_report, small_samples, whole_report, write_report
 
 EVIL = "</script><script>alert(1)</script>"
 DRAWN = ["ce", "loss", "heldout_ce", "heldout_kl", "learning_rate", "grad_norm", "kl", "agreement", "timeline"]
@@ -195,6 +195,30 @@ def test_rewriting_replaces_the_files(tmp_path: Path) -> None:
 )
 def test_verdict_claims_what_was_measured(student: float, baseline: float | None, teacher: float, says: str) -> None:
     assert says in verdict(small_report(student, baseline, teacher))
+
+
+@pytest.mark.parametrize("missing", [("teacher",), ("baseline",), ("teacher", "baseline")])
+def test_models_that_could_not_be_measured_cost_no_page(tmp_path: Path, missing: tuple[str, ...]) -> None:
+    report = small_report() | dict.fromkeys((*missing, "gap_recovered", "gap_recovered_interval")) | {"heldout": {}}
+    if "teacher" in missing:
+        report["student"] = {k: v for k, v in report["student"].items() if k not in ("kl_to_teacher_nats", "top1_agreement")}
+    report["generated"] = [{"prompt": "def f(x):", "student": " return"}]
+    data, page, summary = _written(tmp_path, report, small_points())
+    assert data["student"]["heldout_ce_nats"] == 3.375 and all(data[name] is None for name in missing)
+    assert f"no {'baseline' if 'baseline' in missing else 'teacher'} was measured" in page and "3.3750" in summary
+    assert "The teacher is left out" in page
+    says = "says nothing on quality" if "teacher" in missing else "without a baseline"
+    assert says in verdict(data)
+
+
+def test_figures_of_a_teacher_that_told_its_top_ids_are_called_bounds(tmp_path: Path, seed: int) -> None:
+    report = whole_report(seed)
+    _, page, summary = _written(tmp_path, report, small_points())
+    assert "nats per token at least" not in summary and "lower bounds, over those ids" not in page
+    report["heldout"]["teacher_ids"] = 50
+    _, page, summary = _written(tmp_path, report, small_points())
+    assert "nats per token at least" in summary and "nats per token, at least" in page
+    assert "The teacher told its 50 most likely ids alone: these are lower bounds" in page
 
 
 def test_unbalanced_ledger_is_said(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ TRAIN_MARKED = {
     "gpus_per_worker",
     "checkpoint_every",
     "max_restarts",
+    "on_nonfinite",
     "placement_timeout_s",
 }
 

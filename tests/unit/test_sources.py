@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data import sources
+from orchestrator.data import sizing
 from orchestrator.data.sources import corpus_listing, list_pieces, read_piece
 from orchestrator.errors import DataError
 from orchestrator.spec.data import Data, JsonlSource, ParquetSource, StdlibSource, TextSource
@@ -56,7 +56,8 @@ def test_jsonl_pieces_hold_every_line_once(
         (folder / f"{index}.jsonl").write_bytes((lines + end * last).encode())
     data = Data(source=JsonlSource(kind="jsonl", paths=(f"{folder}/*",), field="body"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE_BYTES", step)
+        patch.setattr(sizing, "PIECE_BYTES", step)
+        patch.setattr(sizing, "PIECE_SHARDS", 0)
         documents = read_all(data)
         size = sum((folder / f"{index}.jsonl").stat().st_size for index in range(len(files)))
         assert len(list_pieces(data)) >= size / step
@@ -100,7 +101,7 @@ def test_parquet_pieces_hold_every_row_once(
     write_parquet(folder / "b.parquet", texts[rows // 3 :], rows_per_group)
     data = Data(source=ParquetSource(kind="parquet", paths=(f"{folder}/*.parquet",)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE_ROWS", step)
+        patch.setattr(sizing, "PIECE_ROWS", step)
         documents = read_all(data)
         assert all(piece.last - piece.first <= step for piece in list_pieces(data))
     assert [raw.decode() for _, raw in documents] == texts
@@ -145,7 +146,8 @@ def test_text_files_are_spread_over_pieces_once_each(tmp_path: Path, monkeypatch
     write_documents(tmp_path / "text", list(range(1, 60)))
     data = text_data(tmp_path / "text")
     (whole,) = list_pieces(data)
-    monkeypatch.setattr(sources, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(sizing, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(sizing, "PIECE_SHARDS", 0)
     pieces = list_pieces(data)
     assert len(pieces) > 4
     assert [file for piece in pieces for file in piece.files] == list(whole.files), "the split is a cut through one order"

@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from orchestrator.evaluate.measure import _answers, _measure_part, _Sums
-from orchestrator.evaluate.samples import SAMPLE_TOKENS, SAMPLES, TOP, sample_text
-from orchestrator.evaluate.tokens import Against, by_entropy, by_token, kl_histogram
+from orchestrator.evaluate.answers import Whole
+from orchestrator.evaluate.samples import SAMPLE_TOKENS, SAMPLES, TOP, sample_rows, sample_text
+from orchestrator.evaluate.tokens import TeacherComparison, by_entropy, kl_histogram
 from tests.conftest import TokenizedCorpus
 
 VOCAB = 400
@@ -56,7 +56,7 @@ def test_histogram_counts_every_token_once(seed: int) -> None:
 def test_entropy_bins_hold_equally_many_tokens_and_their_means(seed: int) -> None:
     random = np.random.default_rng(seed)
     entropy = random.gamma(2, 1, 5_000)
-    student = Against(entropy * random.random(5_000), random.random(5_000) < np.exp(-entropy))
+    student = TeacherComparison(entropy * random.random(5_000), random.random(5_000) < np.exp(-entropy))
     found = by_entropy(entropy, {"student": student})
     assert sum(found["tokens"]) == 5_000 and all(abs(n - 500) <= 1 for n in found["tokens"]) and len(found["tokens"]) == 10
     edges = [*found["edges_nats"][:-1], np.inf]
@@ -69,51 +69,23 @@ def test_entropy_bins_hold_equally_many_tokens_and_their_means(seed: int) -> Non
 
 def test_entropies_that_are_equal_share_a_bin() -> None:
     entropy = np.array([0.0] * 90 + [1.0] * 10)
-    found = by_entropy(entropy, {"student": Against(entropy, entropy == 0)})
+    found = by_entropy(entropy, {"student": TeacherComparison(entropy, entropy == 0)})
     assert sum(found["tokens"]) == 100 and all(found["tokens"])
-    alone = by_entropy(np.ones(3), {"student": Against(np.ones(3), np.ones(3) > 0)})
+    alone = by_entropy(np.ones(3), {"student": TeacherComparison(np.ones(3), np.ones(3) > 0)})
     assert alone["tokens"] == [3] and alone["student"]["top1_agreement"] == [1.0]
-
-
-def test_measured_tokens_are_those_of_whole_distributions(seed: int) -> None:
-    models = {"teacher": tiny(seed, 32), "student": tiny(seed + 1, 16), "baseline": tiny(seed + 2, 16)}
-    windows = torch.randint(VOCAB, (6, 33), generator=torch.Generator().manual_seed(seed))
-    speakers = {name: _answers(model) for name, model in models.items()}
-    sums = {name: _Sums() for name in models}
-    entropy = torch.cat(
-        [
-            part
-            for rows in windows.split(4)
-            for part in _measure_part(speakers, sums, rows, torch.ones(rows[:, 1:].numel(), dtype=torch.bool))
-        ]
-    )
-    theirs = reference(models["teacher"], windows)
-    assert entropy.numpy() == pytest.approx(-(theirs.exp() * theirs).sum(-1).numpy(), abs=1e-4)
-    for name in ("student", "baseline"):
-        ours = reference(models[name], windows)
-        kl, agree = torch.cat(sums[name].kl), torch.cat(sums[name].agree)
-        assert kl.numpy() == pytest.approx((theirs.exp() * (theirs - ours)).sum(-1).numpy(), abs=1e-4)
-        assert agree.tolist() == (ours.argmax(-1) == theirs.argmax(-1)).tolist()
-    assert not torch.allclose(torch.cat(sums["student"].kl), torch.cat(sums["baseline"].kl), atol=1e-2)
-    against = {n: Against(torch.cat(sums[n].kl).numpy(), torch.cat(sums[n].agree).numpy()) for n in ("student", "baseline")}
-    found = by_token(entropy.numpy(), against)
-    assert found["tokens"] == sum(found["kl_histogram"]["student"]) == sum(found["by_teacher_entropy"]["tokens"]) == 6 * 32
 
 
 def test_samples_spell_the_text_and_hold_the_models_predictions(seed: int, tokenized: TokenizedCorpus) -> None:
     folder: Path = tokenized.store.path(f"{tokenized.folder}/tokenizer")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = "def f(x):\n\treturn 'é🙂 日本'  # comment\n" * 8
-    ids = tokenizer.encode(text, add_special_tokens=False).ids[: SAMPLE_TOKENS + 1]
-    windows = torch.tensor([ids] * (SAMPLES + 2))
-    teacher, student = tiny(seed, 32), tiny(seed + 1, 16)
-    found = sample_text(_answers(teacher), _answers(student), windows, tokenizer)
-    assert len(found) == SAMPLES and all(len(sample) == len(ids) - 1 for sample in found)
-    sample = found[0]
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids[: SAMPLE_TOKENS + 1])
+    theirs, ours = (reference(tiny(seed + i, width), ids[None]) for i, width in enumerate((32, 16)))
+    sample = sample_text(Whole(theirs.float()), ours.float(), ids[1:], tokenizer)
+    assert len(sample) == len(ids) - 1
     spelled = "".join(t.text for t in sample)
-    assert text.startswith(tokenizer.decode(ids[:1]) + spelled) and "🙂" in spelled
+    assert text.startswith(tokenizer.decode(ids[:1].tolist()) + spelled) and "🙂" in spelled
     assert any(t.text == "" for t in sample)
-    theirs, ours = (reference(m, windows[:1]) for m in (teacher, student))
     for i, token in enumerate(sample):
         assert token.teacher == pytest.approx(float(theirs[i, ids[i + 1]].exp()), rel=1e-3)
         assert token.student == pytest.approx(float(ours[i, ids[i + 1]].exp()), rel=1e-3)
@@ -123,3 +95,7 @@ def test_samples_spell_the_text_and_hold_the_models_predictions(seed: int, token
         assert [g.text for g in token.teacher_top] == [
             tokenizer.decode([j], skip_special_tokens=False) for j in top.indices.tolist()
         ]
+
+
+def test_shown_windows_are_spread_evenly() -> None:
+    assert sample_rows(SAMPLES * 10) == {0, 10, 20} and sample_rows(2) == {0, 1}

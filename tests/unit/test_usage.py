@@ -136,7 +136,7 @@ def say(args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     def no_ray(*_: object, **__: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("orchestrator.run.recorder.ray_session", no_ray)
+    monkeypatch.setattr("orchestrator.run.opening.ray_session", no_ray)
     monkeypatch.setattr(sys, "argv", ["distill", *args])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ending:

@@ -7,13 +7,14 @@ Module k drafts the token k + 1 ahead; the model itself says one token for certa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from orchestrator.losses.head import Buffers, Head
 from orchestrator.models.head import last_hidden, output_head
-from orchestrator.models.mtp import MultiTokenPrediction, shifted
+from orchestrator.models.mtp import MultiTokenPrediction, load_mtp, shifted
 from orchestrator.plan.memory import head_rows
 
 Tensor = torch.Tensor
@@ -31,6 +32,21 @@ class Acceptance:
     def tokens_per_forward(self) -> float:
         """Expected tokens by forward of the model, if decoding stops at all positions equally often."""
         return 1 + sum(self.rates)
+
+
+def measured_drafts(model: PreTrainedModel, folder: Path, windows: Tensor, micro_batch: int) -> dict[str, float]:
+    """Figures of the multi-token-prediction modules beside the weights of `model` in `folder`, as its own draft model.
+
+    They are measured on `windows` [rows, seq + 1], `micro_batch` rows at a time; none where `folder` has no such modules.
+    """
+    mtp = load_mtp(model, folder)
+    if mtp is None:
+        return {}
+    measured = [acceptance(model, mtp, part.to(model.device)) for part in windows.split(micro_batch)]
+    positions = sum(m.positions for m in measured)
+    rates = [sum(m.positions * m.rates[k] for m in measured) / positions for k in range(mtp.depth)]
+    named = {f"mtp_acceptance_{k}": rate for k, rate in enumerate(rates, 1)}
+    return named | {"mtp_tokens_per_forward": Acceptance(positions, tuple(rates)).tokens_per_forward}
 
 
 @torch.inference_mode()
