@@ -75,6 +75,7 @@ def compose(run: Run, tokens: Tokens, labels: Labelled, student: ModelFolder, me
         "data": _data(run, tokens),
         "labels": _labels(run, tokens, labels),
         "training": {n: run.stages[n].figures for n in TRAININGS if n in run.stages and "steps" in run.stages[n].figures},
+        "left_out": _left_out(run),
         "throughput": _throughput(run, labels, student.manifest.training),
         "ledger": labels.ledger.model_dump(),
         "hardware": hardware(),
@@ -119,6 +120,15 @@ def _labels(run: Run, tokens: Tokens, labels: Labelled) -> dict[str, Any]:
         "bytes": seal.bytes,
         "reused_shards": labels.reused_shards,
     }
+
+
+def _left_out(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Steps that were left out because they were not finite, by training; a reused training's too."""
+    from orchestrator.student.nonfinite import skipped_steps
+
+    stages = [run.stages[name] for name in TRAININGS if name in run.stages]
+    found = {stage.stage: skipped_steps(run.store, f"{stage.stage}/{stage.key}") for stage in stages}
+    return {name: [step.model_dump(mode="json") for step in steps] for name, steps in found.items() if steps}
 
 
 def _throughput(run: Run, labels: Labelled, training: Mapping[str, float]) -> dict[str, Any]:

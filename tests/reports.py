@@ -87,6 +87,7 @@ def small_report(student: float = 3.375, baseline: float | None = 3.4, teacher: 
             }
             for name, wait in (("student", 0.31), ("baseline", 0.0))
         },
+        "left_out": {},
         "hardware": [{"node": "10.0.0.1", "cores": 16, "memory_bytes": 137_000_000_000, "gpus": ["H200"]}],
         "tracking": "http://localhost:5000/#/experiments/1/runs/abc",
     }

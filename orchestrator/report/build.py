@@ -133,6 +133,7 @@ def _context(report: dict[str, Any]) -> dict[str, Any]:
         "generated": report["generated"],
         "speeds": facts.SPEEDS,
         "training": facts.training_table(report),
+        "left_out": facts.left_out_rows(report),
         "data": facts.data_rows(report),
         "hardware": facts.hardware_rows(report),
         "again": facts.again_rows(report),

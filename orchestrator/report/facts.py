@@ -48,6 +48,15 @@ def training_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     return ["", *kept], [[model, *(column[i] for column in kept.values())] for i, model in enumerate(shown)]
 
 
+def left_out_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """A line for each step that was left out: the training, the step, its loss, and the rows to look at."""
+    return [
+        [training, str(step["step"]), step["loss"], " ".join(step["rows"]) or "all losses finite, the gradient not"]
+        for training, steps in report["left_out"].items()
+        for step in steps
+    ]
+
+
 def data_rows(report: Mapping[str, Any]) -> Rows:
     data = report["data"]
     learnt = [("learnt of them, the rest is prompts", percent(data["target_share"]))] if data["target_share"] < 1 else []

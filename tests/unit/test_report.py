@@ -280,6 +280,17 @@ def test_faults_are_listed_with_their_attempt(tmp_path: Path, seed: int) -> None
     assert "None: no restart" in page and "Faults: none" in summary
 
 
+def test_steps_that_were_left_out_are_listed_with_their_rows(tmp_path: Path, seed: int) -> None:
+    report = whole_report(seed)
+    _, page, summary = _written(tmp_path, report, small_points())
+    assert "left out" not in page.lower() and "left out" not in summary
+    by_loss, by_gradient = {"step": 12, "loss": "nan", "rows": ["3:5", "3:6"]}, {"step": 14, "loss": "2.5", "rows": []}
+    data, page, summary = _written(tmp_path, report | {"left_out": {"student": [by_loss, by_gradient]}}, small_points())
+    assert data["left_out"] == {"student": [by_loss, by_gradient]}
+    assert "<td>12</td><td>nan</td><td>3:5 3:6</td>" in page and "<td>14</td><td>2.5</td><td>all losses finite" in page
+    assert "- student, step 12, loss nan: rows 3:5 3:6" in summary
+
+
 def test_shades_follow_the_quantiles_of_all_tokens(seed: int) -> None:
     quantiles = whole_report(seed)["heldout"]["kl_quantiles"]["student"]
     tokens = [small_samples()[0][0] | {"kl_nats": v} for v in (0.0, *(q * 1.001 for q in quantiles.values()))]
