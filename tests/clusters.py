@@ -39,6 +39,11 @@ class Node:
         """Fails the test if the node has ended by itself."""
         assert self._killed or self._popen.poll() is None, self._log.read_text()[-4000:]
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended by itself."""
+        return not self._killed and self._popen.poll() is not None
+
     def titles(self) -> set[str]:
         """First words of the command lines of its processes."""
         found: set[str] = set()

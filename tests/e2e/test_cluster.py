@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray.util import get_node_ip_address
 
 from tests.clusters import Cluster, cluster, losing_replies
 from tests.tiny import (
@@ -225,6 +227,27 @@ def test_nodes_that_die_cost_no_label_and_no_bit(reference: Reference, tmp_path:
     assert {name: now[name] for name in before} == before
     assert_every_row_labelled_once(storage)
     assert student_weights(storage) == reference.weights
+
+
+def test_nodes_that_speak_tls_alone(tmp_path: Path) -> None:
+    """Two nodes under the certificates of `cluster/tls.sh`; one without any, the negative control, does not get in."""
+    script, own = Path(__file__).parents[2] / "cluster" / "tls.sh", get_node_ip_address()
+    certificates = tmp_path / "tls"
+    subprocess.run(["bash", script, certificates, "127.0.0.1", "127.0.0.2", own], check=True, capture_output=True)
+    tls = {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_CA_CERT": str(certificates / "ca.crt"),
+        "RAY_TLS_SERVER_CERT": str(certificates / "node.crt"),
+        "RAY_TLS_SERVER_KEY": str(certificates / "node.key"),
+    }
+    job = tiny_job(write_corpus(tmp_path / "corpus"), tmp_path / "store")
+    with cluster(tmp_path / "head", cpus=1, env=tls) as running:
+        running.add_node(2, env=tls)
+        running.await_nodes(2)
+        running.distill(tmp_path / "log", "submit", write_job(job), "-c", FEW, "--wait").assert_ok()
+        stranger = running.add_node(1)
+        eventually(lambda: stranger.ended, "a node without certificates is turned away", every_s=0.5)
+    assert statuses(tmp_path / "store")["student"] == "ran"
 
 
 def test_a_cluster_that_has_yet_to_grow(tmp_path: Path) -> None:
