@@ -1,4 +1,4 @@
-"""What one worker sustains here, measured on stand-ins for a job's models: `distill plan JOB --cluster C --calibrate`.
+"""Measurement of the rates one worker sustains on stand-ins for a job's models: `distill plan JOB --cluster C --calibrate`.
 
 A stand-in is the model itself with a few of its blocks, freshly drawn; labels, micro-batches, precision and trainer are the
 job's. A step is taken to cost so many seconds per FLOP and so many per byte of activations, in the planner's own count of both;

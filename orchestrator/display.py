@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live view on a terminal, plain lines elsewhere."""
+"""Display of a run's progress: one live view on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would find on this machine and on the cluster that it would join."""
+"""Checks of what a run would find on this machine and on the cluster that it would join."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def examine(job: Job | None) -> Iterator[Finding]:
 
 
 def examine_server(address: str) -> Finding:
-    """Whether the job server at `address` answers and takes our token."""
+    """Check that the job server at `address` answers and accepts our token."""
     return look("ray", lambda: f"{len(connect(address).submissions())} runs known at {address}")
 
 
 def look(what: str, check: Callable[[], str]) -> Finding:
-    """What `check` says, or the error of the user's that it raises."""
+    """Return a finding with the message of `check`, or with the user error that it raises."""
     try:
         return Finding(what, True, check())
     except DistillError as error:

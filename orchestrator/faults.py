@@ -35,7 +35,7 @@ RETRIED: Mapping[Fault, bool] = {
     Fault.WORKER_DEATH: True,
     Fault.BROKEN_LINK: True,
 }
-"""Whether the same work is worth another attempt, with a new process for the one that failed."""
+"""For each fault, true if the same work is worth another attempt, with a new process in place of the failed one."""
 
 _ACCELERATOR = re.compile(
     r"(cuda|hip|xpu) (kernel |driver )?error|cudaError\w+|hipError\w+|CUDA_ERROR_\w+"

@@ -231,7 +231,7 @@ def _unanswered(run: Run, tokens: Tokens, demand: Demand) -> tuple[int, ...]:
 
 
 def _answering(run: Run, tokens: Tokens, demand: Demand) -> Answering:
-    """What the pool is to answer of the held-out rows that models are measured on."""
+    """Return the answers that the pool must still give on the held-out rows that models are measured on."""
     from orchestrator.teacher.task import Answering
 
     job, log = run.job, demand.answers

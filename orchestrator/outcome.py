@@ -161,7 +161,7 @@ def check_export(run: Run) -> None:
 
 
 def _export_target(run: Run) -> tuple[str, dict[str, str]]:
-    """Where the export goes, and how it names the run."""
+    """Return the address that the export goes to, and the names by which it identifies the run."""
     directory = run.directory
     origin = {"run": directory.run, "identity": directory.identity}
     return run.job.export.directory or run.store.address(f"{directory.key}/export"), origin

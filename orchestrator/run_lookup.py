@@ -9,7 +9,7 @@ from orchestrator.errors import SpecError
 from orchestrator.store.files import Store, open_store
 
 STORAGE = "./distill-store"
-"""Where runs are looked for unless a storage is named; the default of `storage` in a job file."""
+"""Storage in which runs are looked for unless another is named; the default of `storage` in a job file."""
 INPUTS, SHOWN_HEX = "inputs", 8
 """Key of run.json, shown beside the keys of jobs, for the files that a run read; and how many digits of it are shown."""
 _SHOWN_NAMES = 6
@@ -33,12 +33,12 @@ def find_run(run: str, storage: str | None = None) -> Store:
 
 
 def is_run(directory: Store) -> bool:
-    """Whether `directory` is a run directory: a job file is the first thing that a run writes."""
+    """Return whether `directory` is a run directory: a job file is the first thing that a run writes."""
     return directory.exists("job.yaml")
 
 
 def status_of(store: Store, directory: str, record: Mapping[str, Any]) -> str:
-    """How the run in `directory` of `store` stands, whose run.json is `record`: running, stopped, failed or finished.
+    """Return the status of the run in `directory` of `store` with run.json `record`: running, stopped, failed or finished.
 
     killed: it says that it is running and nobody holds its lock, or it wrote no run.json.
     """

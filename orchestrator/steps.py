@@ -134,7 +134,7 @@ def pretrain_teacher(run: Run, tokens: Tokens) -> ModelFolder:
 
 
 def prepare_student(run: Run, tokens: Tokens, teacher: ModelFolder) -> Model | Initial:
-    """What the student starts from: a configuration, or weights that are brought or made from the teacher's here."""
+    """Return what the student starts from: a configuration, or weights that are supplied or made from the teacher's here."""
     student, vocab = run.job.student, teacher.manifest.vocab_size
     if isinstance(student, ConfigStudent):
         asked = student.model.config.get("vocab_size", vocab)

@@ -32,7 +32,7 @@ class Point:
     """One point of the grid."""
 
     overrides: tuple[str, ...]
-    """What it adds to the job, as `KEY=VALUE`."""
+    """Settings that the point adds to the job, as `KEY=VALUE`."""
     plan: Plan
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Ran:
-    """How a point ended."""
+    """The outcome of a point."""
 
     point: Point
     run: str

@@ -62,7 +62,7 @@ def _heldout(job: Job, sample: Sample) -> Iterator[Finding]:
 
 
 def _tokenizer_folder(job: Job) -> Path | None:
-    """Where the teacher's tokenizer is, if it is here."""
+    """Return the local folder of the teacher's tokenizer; None if it is not on this machine."""
     folder = local_checkpoint(job.teacher.path) if isinstance(job.teacher, TransformersTeacher) else None
     return folder if folder and (folder / "tokenizer.json").is_file() else None
 

@@ -1,4 +1,4 @@
-"""How the command speaks when it is used wrongly: one line that says what is wrong and what was probably meant."""
+"""Messages for wrong use of the command: one line that says what is wrong and what was probably meant."""
 
 from __future__ import annotations
 

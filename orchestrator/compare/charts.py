@@ -31,7 +31,7 @@ def color(index: int) -> str:
 
 
 def is_dashed(index: int) -> bool:
-    """Whether the lines of group number `index` share their colour with those of an earlier one."""
+    """Return whether the lines of group number `index` share their colour with those of an earlier group."""
     return index >= COLORS
 
 
@@ -49,7 +49,7 @@ def charts(comparison: Comparison) -> dict[str, Chart]:
     return {name: chart for name, chart in found.items() if chart}
 
 
-# What was reached.
+# Charts of the figures that were reached.
 
 
 class Sweep(NamedTuple):
@@ -59,7 +59,7 @@ class Sweep(NamedTuple):
     places: list[float]
     """Each group's value of `key`."""
     series: list[str]
-    """What each group has besides, in words; groups of equal words make one line."""
+    """Each group's remaining differences, in words; groups with equal words form one line of the chart."""
 
 
 def swept(groups: Sequence[Group]) -> Sweep | None:
@@ -162,7 +162,7 @@ def _numbers_axis(places: Sequence[float]) -> dict[str, Any]:
 
 
 def _is_logarithmic(places: Sequence[float]) -> bool:
-    """Whether they spread over more than a decade, as learning rates do."""
+    """Return whether `places` spread over more than a decade, as learning rates do."""
     return min(places) > 0 and max(places) > 10 * min(places)
 
 
@@ -170,7 +170,7 @@ def _values(group: Group, figure: Figure) -> list[float]:
     return [run.figures[figure.name] for run in group.runs if figure.name in run.figures]
 
 
-# The way there.
+# Charts of the course of training.
 
 
 def _course(comparison: Comparison, metric: str) -> Chart | None:
@@ -203,7 +203,7 @@ def _mean(curves: Sequence[Curve]) -> Curve:
 
 
 def _other_objectives(comparison: Comparison) -> bool:
-    """Whether the runs minimised different things, so that their losses are no measure of each other."""
+    """Return whether the runs minimised different objectives, so that their losses cannot be compared."""
     return any(key.startswith(("objective.", "labels.")) for group in comparison.groups for key in group.values)
 
 

@@ -20,7 +20,7 @@ class Figure:
     """None for a figure by which no run is better than another."""
     shown: Callable[[float | None], str]
     on: Literal["heldout", "teacher", "machine"]
-    """What must be equal in two runs for the figure to compare them: the held-out rows, the teacher as well, or the machine."""
+    """Common property that the figure requires of compared runs: the held-out rows, the teacher as well, or the machine."""
 
 
 def _decimals(digits: int) -> Callable[[float | None], str]:

@@ -1,4 +1,4 @@
-"""What a set of runs says together: how their jobs differ, which runs are repetitions over seeds, and what is best."""
+"""Comparison of a set of runs: how their jobs differ, which runs are repetitions over seeds, and which group is best."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Comparison:
 
     @property
     def repeated(self) -> bool:
-        """Whether some group has several runs."""
+        """Return whether some group has several runs."""
         return len(self.groups) < len(self.runs)
 
     def group_of(self, run: RunRecord) -> Group:
@@ -157,7 +157,7 @@ def difference(better: Group, other: Group, figure: str) -> Interval | None:
 
 
 def finding(comparison: Comparison) -> str:
-    """What the comparison shows, in one sentence that claims no more than was measured."""
+    """Describe the result of the comparison in one sentence that claims no more than was measured."""
     ce = BY_NAME["heldout_ce_nats"]
     measured = [(found, group) for group in comparison.groups if (found := group.figure(ce.name)) is not None]
     ranked = sorted(measured, key=lambda pair: pair[0].mean)

@@ -24,11 +24,11 @@ from orchestrator.store.shards import ROW_ID_BYTES, TokenShard, put_tokens
 
 DOCUMENTS_PER_CALL = 64
 HELDOUT_WINDOWS_PER_DOCUMENT = 16
-"""What one held-out document may add: a single long one must not become the measure of everything."""
+"""Upper limit on the windows taken from one held-out document, so that a single long one does not dominate the evaluation."""
 
 
 class PackedPiece(Record):
-    """What became of one piece."""
+    """The result of packing one piece of the corpus: its shards and its counts."""
 
     train: tuple[ShardRecord, ...]
     heldout: tuple[ShardRecord, ...]
@@ -50,10 +50,10 @@ class _Windows:
     facts: TokenizerFacts
     rows: list[np.ndarray] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)
-    """Of each row, which of its targets are learnt."""
+    """For each row, a mask of its targets that are learnt."""
     row_ids: list[bytes] = field(default_factory=list)
     row_documents: list[bytes] = field(default_factory=list)
-    """Of each row, the document that its first target belongs to, by content."""
+    """For each row, the document that its first target belongs to, identified by its content."""
     without_target: int = 0
     """Windows left out because nothing in them is learnt."""
     _open: list[int] = field(default_factory=list)
@@ -165,7 +165,7 @@ def pack_piece(store: Store, folder: str, data: Data, piece: Piece, facts: Token
 
 
 def piece_key(folder: str, piece: int) -> str:
-    """Where it is recorded what became of a piece."""
+    """Return the key of the record of a packed piece."""
     return f"{folder}/pieces/{piece:06d}.json"
 
 
@@ -178,7 +178,7 @@ class _Tokenized(NamedTuple):
     ids: list[int]
     context: int
     special: bool
-    """Whether the text contains that of a special token."""
+    """True if the document's text contains the text of a special token."""
 
 
 def _tokenized(data: Data, piece: Piece, tokenizer_file: Path) -> Iterator[_Tokenized | None]:

@@ -87,7 +87,7 @@ def _too_small(data: Data, manifest: TokenManifest) -> DataError:
 
 
 def token_manifest(store: Store, corpus: Corpus, facts: TokenizerFacts, packed: Iterable[PackedPiece]) -> TokenManifest:
-    """What the pieces of a corpus add up to; stores the pages with the records of their shards."""
+    """Return the manifest that sums up the packed pieces of a corpus, and store the pages with the records of their shards."""
     train, heldout = PageWriter(store, f"{corpus.folder}/train"), PageWriter(store, f"{corpus.folder}/heldout")
     counts, targets = Counter[str](), 0
     for piece in packed:
@@ -110,7 +110,7 @@ def token_manifest(store: Store, corpus: Corpus, facts: TokenizerFacts, packed: 
 
 
 def packed_pieces(store: Store, folder: str, count: int) -> Iterator[PackedPiece]:
-    """What became of each of `count` pieces, in their order, a few at a time."""
+    """Yield the records of the `count` packed pieces in order, reading a few at a time."""
 
     def read(piece: int) -> PackedPiece:
         packed = PackedPiece.load(store, piece_key(folder, piece))

@@ -80,7 +80,7 @@ def _corpus_bytes(source: Source, pieces: Sequence[Piece], mean: float) -> int:
 
 
 def count_tokens(data: Data, sample: Sample, tokenizer: Path | None) -> list[int]:
-    """Of each document, by the tokenizer in the folder `tokenizer`, or by the one that the data stage will train.
+    """Return the tokens of each document, by the tokenizer in folder `tokenizer` or the one that the data stage will train.
 
     Raises `DataError` for a corpus too small for the vocabulary, and `SpecError` for a tokenizer that cannot be read.
     """

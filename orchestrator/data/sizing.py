@@ -1,4 +1,4 @@
-"""How large the parts of a corpus are: pieces that one task packs, shards that are labelled together, row groups in them.
+"""Sizes of the parts of a corpus: pieces packed by one task, shards that are labelled together, and their row groups.
 
 All of it follows from the job's `data` section and from how much text there is, both known before anything is packed, so
 the same corpus becomes the same shards wherever it is packed.
@@ -22,12 +22,13 @@ LARGE_SHARD_TOKENS = 24 << 20
 """At most. A piece is cut evenly, so shards are a tenth smaller on average, and 10T tokens make 450,000."""
 PIECE_SHARDS = 4
 PIECE_BYTES, PIECE_ROWS = 16 << 20, 16_384
-"""Of a piece of a small corpus, whichever its source tells beforehand; of larger ones as much more as their shards need."""
+"""Size of a piece of a small corpus, in bytes or in rows, whichever its source tells beforehand; a larger corpus has pieces of
+a multiple of it, as its shards need."""
 
 
 @dataclass(frozen=True)
 class PieceSize:
-    """How much of a corpus one task packs."""
+    """The amount of a corpus that one task packs."""
 
     bytes: int
     rows: int

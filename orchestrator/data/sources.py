@@ -33,7 +33,7 @@ class Document(NamedTuple):
     text: bytes
     """UTF-8"""
     prompt: bytes = b""
-    """What goes before the text and is not learnt."""
+    """Prompt that precedes the text and is not learnt."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Piece:
 
 
 def corpus_listing(source: Source) -> list[list[Any]]:
-    """What identifies the corpus before it is read: [name, bytes, mtime in ns] a file, or the data set's own fingerprint.
+    """Return what identifies the corpus before it is read: [name, bytes, mtime in ns] per file, or the data set's fingerprint.
 
     A touched file is read and tokenized again; identical tokens still meet the labels made for them.
     """

@@ -23,7 +23,7 @@ def heldout_draw(content: str, seed: int) -> int:
 
 
 def is_heldout(draw: int, fraction: float) -> bool:
-    """Whether a document with this draw is kept out of training."""
+    """Return whether a document with this draw is kept out of training."""
     return draw < fraction * 2**64
 
 
@@ -47,7 +47,7 @@ class Split:
 
 
 def split(documents: Iterable[Sized], fraction: float, seq_len: int) -> Split:
-    """What a held-out `fraction` makes of `documents`, in windows of `seq_len` tokens and one."""
+    """Return the split that a held-out `fraction` makes of `documents`, in windows of `seq_len` + 1 tokens."""
     streams: dict[tuple[bool, int], float] = {}
     kept = 0
     for document in documents:
@@ -60,7 +60,7 @@ def split(documents: Iterable[Sized], fraction: float, seq_len: int) -> Split:
 
 
 def remedy(documents: Sequence[Sized], data: Data) -> str:
-    """What to change so that both sides of `documents` fill a window, with a value that does it."""
+    """Suggest a change with which both sides of `documents` fill a window, including a value that achieves it."""
     if len({document.draw for document in documents}) < 2:
         return "it needs several documents, for whole ones are kept for evaluation: cut it into parts, or add some"
     for fraction in sorted(FRACTIONS, key=lambda f: abs(f - data.heldout_fraction)):

@@ -23,7 +23,7 @@ TRAINING_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What packing and the manifest need to know of a tokenizer folder."""
+    """The properties of a tokenizer folder that packing and the manifest need."""
 
     sha256: str
     vocab_size: int

@@ -1,4 +1,4 @@
-"""What the teacher said on the held-out rows that models are measured on, read back from its log without a teacher."""
+"""The teacher's answers on the held-out rows that models are measured on, read from its label log without running a teacher."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # The torch stubs leave types open.
@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 
 
 class Distribution(Protocol):
-    """What the teacher expects at n positions."""
+    """The teacher's predicted distributions at n positions."""
 
     def entropy(self) -> Tensor:
         """[n], in nats."""
@@ -100,7 +100,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Answered:
-    """What the teacher said about the rows of one shard of its log."""
+    """The teacher's answers for the rows of one shard of its log."""
 
     targets: Targets
     """[rows, seq, ...]"""

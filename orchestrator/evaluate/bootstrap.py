@@ -1,4 +1,4 @@
-"""How far held-out figures would move on other held-out text: percentile bootstrap over documents (Efron & Tibshirani 1993).
+"""Confidence intervals of held-out figures: percentile bootstrap over documents (Efron & Tibshirani 1993).
 
 Documents are drawn with replacement, each with all its windows, which are alike: a cluster bootstrap (Davison & Hinkley 1997,
 3.8). The same ones are drawn for all models, so that what makes a document hard for all cancels in differences. A window
@@ -26,7 +26,7 @@ _DRAWN_AT_ONCE = 4_000_000
 
 
 class Intervals(NamedTuple):
-    """Of level `LEVEL`."""
+    """Confidence intervals at level `LEVEL`."""
 
     heldout_ce_nats: dict[str, Interval]
     """By model."""
@@ -61,7 +61,7 @@ def _gap_recovered(ce: Mapping[str, Floats], tail: float) -> Interval | None:
 
 
 def _draws(documents: int) -> Iterator[Floats]:
-    """How often each document is drawn, [resamples, documents] in chunks; the same in every run."""
+    """Yield how often each document is drawn, [resamples, documents] in chunks; the same in every run."""
     random = np.random.default_rng(0)
     chunk = max(1, _DRAWN_AT_ONCE // documents)
     for start in range(0, RESAMPLES, chunk):

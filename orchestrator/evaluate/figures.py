@@ -21,7 +21,7 @@ ECE_BINS = 15
 
 @dataclass
 class Sums:
-    """What is known of one model after some of the positions, and single numbers by position."""
+    """Running totals of one model over the positions seen so far, and single values by position."""
 
     correct: int = 0
     ce: list[torch.Tensor] = field(default_factory=list[torch.Tensor])

@@ -33,7 +33,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of teacher, student and baseline."""
+    """The measurements of teacher, student and baseline."""
 
     figures: dict[str, dict[str, float]]
     """By model, as report.json has them, without those that could not be measured."""

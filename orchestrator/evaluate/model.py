@@ -61,13 +61,13 @@ class AnsweringTeacher:
     vocab_size: int
 
     def answers(self, heldout: Heldout, on: torch.device) -> TeacherAnswers:
-        """What it said on the windows of `heldout`."""
+        """Return the teacher's answers on the windows of `heldout`."""
         return TeacherAnswers(heldout, self.address, self.dtype, self.vocab_size, on)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one model."""
+    """The measurements of one model."""
 
     figures: dict[str, float]
     """Figures as report.json has them; KL and agreement are against the teacher."""
@@ -80,7 +80,7 @@ class Result:
     samples: tuple[list[SampleToken], ...] = ()
     """Windows token by token, beside the teacher."""
     texts: list[str] | None = None
-    """What the model says after the report's prompts; None if it could not."""
+    """The model's continuations of the report's prompts; None if it could not produce them."""
     failure: str = ""
     """Why it could not."""
 

@@ -62,6 +62,6 @@ def _guesses(tokenizer: Tokenizer, said: Distribution) -> list[tuple[Guess, ...]
 
 
 def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """What each of `ids` adds to the text."""
+    """Return the text that each of `ids` adds."""
     stream = DecodeStream(skip_special_tokens=False)
     return [stream.step(tokenizer, i) or "" for i in ids]

@@ -1,4 +1,4 @@
-"""How models differ from their teacher token by token: the distribution of KL, and agreement by the teacher's entropy."""
+"""Token-level differences between models and their teacher: the distribution of KL, and agreement by the teacher's entropy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUANTILES = (0.5, 0.75, 0.9, 0.97)
 
 @dataclass(frozen=True)
 class TeacherComparison:
-    """How one model compares with the teacher, by position."""
+    """Comparison of one model with the teacher, by position."""
 
     kl_nats: Floats
     """[positions]: KL(teacher ‖ model) of the predicted distributions."""
@@ -30,7 +30,7 @@ class TeacherComparison:
 
 
 def by_token(entropy: Floats, models: Mapping[str, TeacherComparison]) -> dict[str, Any]:
-    """What report.json says under `heldout`, from the teacher's `entropy` [positions] in nats and `models` by name."""
+    """Return the section `heldout` of report.json, from the teacher's `entropy` [positions] in nats and `models` by name."""
     return {
         "tokens": len(entropy),
         "kl_histogram": kl_histogram({name: model.kl_nats for name, model in models.items()}),

@@ -42,10 +42,10 @@ class Heldout:
             yield shard, rows.rows(slice(part.start, part.stop))
 
     def targets(self) -> npt.NDArray[np.int64]:
-        """How many targets each window has that count, [windows]."""
+        """Return the number of counted targets of each window, [windows]."""
         return self.rows().counted().sum(1, dtype=np.int64)
 
     def kept(self, name: str) -> Any | None:
-        """What the teacher's processes kept in the log under `name`; None if they did not."""
+        """Return the value that the teacher's processes stored in the log under `name`; None if they stored none."""
         data = self.log.open(self.store).kept(name)
         return None if data is None else json.loads(data)

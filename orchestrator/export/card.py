@@ -75,7 +75,7 @@ def snippet(folder: Path) -> str:
 
 
 def _licence(sources: list[Source]) -> str:
-    """What is known of the rights on what it was made from."""
+    """Describe the known licences of what the model was made from; empty if no source has a name."""
     named = [f"{source.text}: {source.licence.get('license', 'not stated')}" for source in sources if source.text[0] == "`"]
     return f"Licences of what it was made from, as their cards state them: {', '.join(named)}." if named else ""
 

@@ -76,7 +76,7 @@ def beside(model: ModelFolder, name: str) -> str:
 
 
 def licence_of(card: str) -> dict[str, str]:
-    """What the front matter of a model's `card` says of its licence; empty where it says nothing that can be read."""
+    """Return the licence fields from the front matter of a model's `card`; empty where there are none that can be read."""
     try:
         data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError):

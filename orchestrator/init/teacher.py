@@ -97,7 +97,7 @@ def small_student(teacher: TeacherFolder) -> dict[str, Any]:
 
 
 def share(student: Decoder | None, teacher: Decoder | None) -> str:
-    """How large `student` is beside `teacher`, in words."""
+    """Return the size of `student` relative to `teacher`, in words."""
     return f"{size(student)} of {size(teacher)} parameters" if student and teacher else ""
 
 

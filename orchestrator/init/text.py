@@ -22,7 +22,7 @@ PROMPTS = ("prompt", "question", "instruction", "query", "input")
 RESPONSES = ("response", "answer", "output", "completion", "text", "content")
 CHATS = ("messages", "conversations", "conversation")
 SAMPLE_BYTES, SAMPLE_DOCUMENTS = 4 << 20, 32
-"""What is read of a corpus to size a job, at least; whatever is larger has plenty."""
+"""Minimum amounts of a corpus, in bytes and documents, that are read to size a job; any larger corpus has plenty of text."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def read_sample(source: Source) -> Sample:
 
 
 def lengths(tokenizer: Any, documents: Sequence[Document]) -> list[Length]:
-    """How many ids `tokenizer` (of `tokenizers`) makes of each of `documents`, the separator behind it included."""
+    """Return the number of ids that `tokenizer` (of `tokenizers`) makes of each of `documents`, including the separator."""
     prompts = tokenizer.encode_batch([document.prompt.decode() for document in documents], add_special_tokens=False)
     texts = tokenizer.encode_batch([document.text.decode() for document in documents], add_special_tokens=False)
     return [
@@ -149,7 +149,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _is_text(files: Sequence[str]) -> bool:
-    """Whether the first few of `files` begin with UTF-8 and hold no NUL."""
+    """Return whether the first few of `files` begin with valid UTF-8 and contain no NUL."""
     for path in files[:20]:
         with Path(path).open("rb") as file:
             start = file.read(4096)

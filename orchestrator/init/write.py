@@ -95,7 +95,7 @@ def _measured(wanted: Wanted, sample: Sample | None) -> tuple[Windows, int | Non
 
 
 def _models(teacher: TeacherFolder | None, windows: Windows) -> dict[str, Any]:
-    """What the template says of teacher and student."""
+    """Return the template's values for teacher and student."""
     if teacher is None:
         student, model = MEDIUM if windows.plenty else SMALL
         return {

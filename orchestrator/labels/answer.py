@@ -1,4 +1,4 @@
-"""What a teacher says about a few rows, before it becomes labels."""
+"""A teacher's output for a few rows, before it becomes labels."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # The torch stubs leave types open.

@@ -43,7 +43,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Basis:
-    """Where vectors are, and the orthonormal directions in which they vary most."""
+    """The mean of a set of vectors, and the orthonormal directions in which they vary most."""
 
     mean: Floats
     """[width]"""

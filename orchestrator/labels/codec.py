@@ -21,7 +21,7 @@ class Codec:
         self._features = {f.name: Vectors(f.name, kept, frame) for f in kept.keep} if kept else {}
 
     def extract(self, answer: Answer, seeds: list[bytes]) -> Arrays:
-        """What is kept of `answer`; `seeds` has bytes for each row, its own alone."""
+        """Return the part of `answer` that is kept; `seeds` has bytes for each row, which depend on that row alone."""
         arrays = self._kind.extract(answer, seeds)
         for name, vectors in self._features.items():
             arrays |= vectors.extract(answer.features[name])
@@ -40,7 +40,7 @@ class Codec:
         return [self.pack(rows_of(arrays, slice(start, start + group_rows))) for start in range(0, rows, group_rows)]
 
     def unpack(self, columns: Columns) -> Arrays:
-        """What `pack` was given; raises `ValueError` for bytes it never gives."""
+        """Return the arrays that `pack` was given; raises `ValueError` for bytes that it never produces."""
         arrays = self._kind.unpack(columns)
         for vectors in self._features.values():
             arrays |= vectors.unpack(columns)

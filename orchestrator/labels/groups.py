@@ -29,12 +29,12 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupSource:
-    """Where row groups come from; small, whatever the size of the corpus."""
+    """The source of row groups; small, whatever the size of the corpus."""
 
     store: Store
     shards: ShardPages
     log_key: str | None
-    """Of the labels to read; None for tokens alone."""
+    """Key of the log of the labels to read; None to read tokens alone."""
     labels: Labels | None
     shape: Shape
 

@@ -1,4 +1,4 @@
-"""What a label log costs on storage, column by column, beside what its contents must cost."""
+"""Storage cost of a label log, column by column, beside the lower bound that its contents imply."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # The pyarrow stubs leave types open.

@@ -21,7 +21,7 @@ from orchestrator.spec.labels import Labels
 
 class LabelKind(Protocol):
     def extract(self, answer: Answer, seeds: list[bytes]) -> Arrays:
-        """What is kept of `answer`; `seeds` has bytes for each row, its own alone for kinds that draw."""
+        """Return the part of `answer` that is kept; `seeds` has bytes for each row, its own alone, for kinds that sample."""
         ...
 
     def pack(self, arrays: Arrays) -> Columns:
@@ -29,7 +29,7 @@ class LabelKind(Protocol):
         ...
 
     def unpack(self, columns: Columns) -> Arrays:
-        """What `pack` was given; raises `ValueError` for bytes it never gives."""
+        """Return the arrays that `pack` was given; raises `ValueError` for bytes that it never produces."""
         ...
 
     def targets(self, arrays: Arrays, temperature: float) -> Targets:

@@ -1,4 +1,4 @@
-"""What label kinds share: the two forms that labels take between a teacher's answer and a loss's targets.
+"""Code shared by the label kinds: the two forms that labels take between a teacher's answer and a loss's targets.
 
 Arrays are what is kept of an answer, rows first; columns are those arrays as bytes, one value per row, as a shard stores
 them. A row group is packed and unpacked as a whole, so that what its rows have in common is stored once.
@@ -30,7 +30,7 @@ Columns = dict[str, list[bytes]]
 
 
 class Shape(NamedTuple):
-    """What is needed to pack and unpack."""
+    """The dimensions needed to pack and unpack labels."""
 
     vocab_size: int
     seq_len: int
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Frame:
-    """What a label kind needs to know beside its own section of the job file."""
+    """The information a label kind needs in addition to its own section of the job file."""
 
     vocab_size: int
     seq_len: int

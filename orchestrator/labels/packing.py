@@ -24,7 +24,7 @@ class Packing(Protocol):
         ...
 
     def unpack(self, columns: Columns) -> Arrays:
-        """What `pack` was given; raises `ValueError` for bytes it never gives."""
+        """Return the arrays that `pack` was given; raises `ValueError` for bytes that it never produces."""
         ...
 
 

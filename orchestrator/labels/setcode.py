@@ -25,8 +25,8 @@ Bytes = npt.NDArray[np.uint8]
 
 ID_COLUMNS = ("table", "sizes", "sets")
 COLUMNS = (*ID_COLUMNS, "counts")
-"""What `encode_ids` and `encode_sets` give. Of `table` only a shard's first row has any bytes; `sizes` are those of the classes
-in a row, `sets` their gaps."""
+"""Columns that `encode_ids` and `encode_sets` return. Only a shard's first row has any bytes in `table`; `sizes` holds the
+sizes of the classes in a row, `sets` their gaps."""
 
 CLASSES = 16
 """Class c has the ids that occur 2^c to 2^(c+1) - 1 times in the shard, the last also all beyond."""
@@ -225,7 +225,7 @@ def _decode_gaps(blobs: Sequence[bytes], sizes: Ints, universe: Ints) -> Ints:
 
 
 def _heavy(each: Ints, counts: Ints) -> Ints:
-    """Where in its position the first largest count is, [positions]."""
+    """Return the index, within each position, of its first largest count, [positions]."""
     first = np.cumsum(each) - each
     largest = np.repeat(np.maximum.reduceat(counts, first), each)
     return np.minimum.reduceat(np.where(counts == largest, _runs(each), counts.size), first)
@@ -286,7 +286,7 @@ def _decode_counts(blobs: Sequence[bytes], unique: Ints, samples: int) -> Ints:
 
 
 def _decode_over(blobs: Sequence[bytes], per_row: Ints) -> Ints:
-    """What the stored counts exceed 1 by, `per_row` of them in each row."""
+    """Return the amounts by which the stored counts exceed 1, `per_row` of them in each row."""
     length = _lengths(blobs)
     start = np.cumsum(length) - length
     raw = _joined(blobs)
@@ -314,7 +314,7 @@ def _decode_over(blobs: Sequence[bytes], per_row: Ints) -> Ints:
 
 
 def _bit_length(values: Ints) -> Ints:
-    """Of integers below 2^53."""
+    """Return the bit lengths of integers below 2^53."""
     return np.frexp(values.astype(np.float64))[1].astype(np.int64)
 
 
@@ -331,7 +331,7 @@ def _row_sums(lengths: Ints, per_row: Ints) -> Ints:
 
 
 def _places(lengths: Ints, per_row: Ints, base: Ints) -> Ints:
-    """Where items of `lengths` start, when those of a row follow one another from its `base` on."""
+    """Return the start offsets of items of `lengths`, when those of a row follow one another from its `base` on."""
     first = np.concatenate([[0], np.cumsum(lengths)])
     return first[:-1] + np.repeat(base - first[np.cumsum(per_row) - per_row], per_row)
 

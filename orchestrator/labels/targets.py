@@ -1,4 +1,4 @@
-"""What a loss takes from a teacher."""
+"""The teacher signals that a loss takes."""
 
 from __future__ import annotations
 
@@ -52,4 +52,4 @@ class Hidden:
 
 
 Targets = Sparse | Dense | Hidden
-"""What the teacher says about some positions, as a loss takes it."""
+"""The teacher's answer at some positions, in the form that a loss takes."""

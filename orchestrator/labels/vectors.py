@@ -15,7 +15,7 @@ from orchestrator.spec import labels as spec
 INT8_LIMIT = 127
 FP32_LIMIT = torch.finfo(torch.float32).max
 LIMITS = {"fp16": 65504.0, "fp32": FP32_LIMIT, "int8": FP32_LIMIT, "pca": 65504.0}
-"""How large the entries of a vector may be, by codec."""
+"""Largest magnitude that the entries of a vector may have, by codec."""
 
 
 class Vectors(VectorsPacking):

@@ -41,7 +41,7 @@ class ObjectiveSchedule:
             self._taid.update(step, soft_loss)
 
     def state(self) -> list[float]:
-        """What `restore` needs to go on exactly as if nothing had happened; float64 throughout."""
+        """Return the values from which `restore` continues exactly as if without interruption; float64 throughout."""
         return [] if self._taid is None else self._taid.values.tolist()
 
     def restore(self, state: list[float]) -> None:

@@ -106,5 +106,5 @@ def outline(folder: Path) -> PreTrainedModel:
 
 
 def device(gpus: float) -> torch.device:
-    """Where a process works that asked for `gpus`; Ray may show it GPUs that it did not ask for."""
+    """Return the device for a process that asked for `gpus`; Ray may show it GPUs that it did not ask for."""
     return torch.device("cuda" if gpus > 0 else "cpu")

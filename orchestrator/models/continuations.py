@@ -26,7 +26,7 @@ def chosen_prompts(windows: torch.Tensor, kept: torch.Tensor) -> list[torch.Tens
 
 
 def prompt_of(ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Where a continuation of the window `ids` [seq + 1] starts from: its first prompt, or its first tokens if it has none.
+    """Return the start of a continuation of the window `ids` [seq + 1]: its first prompt, or its first tokens if it has none.
 
     `kept` [seq] tells whether `ids[t + 1]` is learnt from; a prompt is a stretch that is not, before one that is.
     """
@@ -46,7 +46,7 @@ def texts_of(prompts: Sequence[torch.Tensor], tokenizer_folder: Path) -> list[st
 
 
 def continuations(model: PreTrainedModel, prompts: Sequence[torch.Tensor], tokenizer_folder: Path) -> list[str]:
-    """What `model` says after each of `prompts`: up to `NEW_TOKENS` greedily chosen tokens, fewer if it ends its text."""
+    """Return `model`'s continuation of each of `prompts`: up to `NEW_TOKENS` greedy tokens, fewer if it ends its text."""
     tokenizer = _tokenizer(tokenizer_folder)
     return [
         tokenizer.decode(_continue(model, prompt.to(model.device), tokenizer.eos_token_id), skip_special_tokens=True)
@@ -59,7 +59,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _positions(model: PreTrainedModel) -> int:
-    """How many tokens `model` can read."""
+    """Return the maximum number of tokens that `model` can read."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_PROMPT + NEW_TOKENS
 
 

@@ -1,4 +1,4 @@
-"""What goes on inside a decoder: the vectors that chosen parts of its blocks put out."""
+"""Access to the inner activations of a decoder: the output vectors of chosen parts of its blocks."""
 
 from __future__ import annotations
 

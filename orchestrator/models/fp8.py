@@ -14,7 +14,7 @@ from orchestrator.models.features import layer_count
 
 Recipe = Literal["rowwise", "tensorwise", "blockwise"]
 MULTIPLES: dict[Recipe, int] = {"rowwise": 16, "tensorwise": 16, "blockwise": 128}
-"""What both dimensions of a layer must be multiples of. Without emulation, tokens in a micro-batch (rows x seq) too."""
+"""Divisor of both dimensions of a layer, by recipe. Without emulation, also of the tokens in a micro-batch (rows x seq)."""
 MIN_BLOCKS = 3
 FP8_CAPABILITY = (8, 9)
 """CUDA compute capability from which on a GPU multiplies fp8: Ada and Hopper."""
@@ -60,7 +60,7 @@ def to_fp8(model: PreTrainedModel, recipe: Recipe, emulate: bool, section: str) 
 
 
 def fp8_hardware() -> bool:
-    """Whether the CUDA device of this process multiplies fp8. A process that works on its CPU must emulate regardless."""
+    """Return whether this process's CUDA device multiplies fp8. A process that works on its CPU must emulate regardless."""
     return _capability() >= FP8_CAPABILITY
 
 

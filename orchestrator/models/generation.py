@@ -1,4 +1,4 @@
-"""What makes a saved model one that generates: a tokenizer, its special ids in both configurations, settings to draw with.
+"""Files that make a saved model able to generate: a tokenizer, its special ids in both configurations, sampling settings.
 
 The ids are the tokenizer's, as transformers' own `Trainer` aligns them: what a configuration class has by default, or a
 checkpoint had, would make a model that never stops.
@@ -73,7 +73,7 @@ def read_json(file: Path) -> Json:
 
 
 def _fitting(settings: Json, ids: dict[str, int | None], vocab_size: int, positions: int | None) -> Json:
-    """Of generation `settings`, those that hold for a model with these special `ids`; its own end of text is added."""
+    """Return the generation `settings` that hold for a model with these special `ids`; its own end of text is added."""
     fitting = {name: value for name, value in settings.items() if name not in OF_ITS_OWN_MODEL}
     if positions is not None and fitting.get("max_length") is not None:
         fitting["max_length"] = min(fitting["max_length"], positions)
@@ -95,7 +95,7 @@ def _tokenizer_ids(folder: Path) -> dict[str, int | None]:
 
 
 def _sizes(folder: Path) -> tuple[int, int | None]:
-    """Of the model in `folder`: ids that it knows, and positions, None if it names no limit."""
+    """Return the vocabulary size of the model in `folder`, and its maximum number of positions, None if it names no limit."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_text_config()

@@ -1,4 +1,4 @@
-"""How much each part of a decoder matters, measured in forward passes over a calibration set.
+"""Importance of each part of a decoder, measured in forward passes over a calibration set.
 
 Blocks by how little they leave their input as it is (ShortGPT's block influence, arXiv 2403.03853), everything else by the
 size of its activations (Minitron, arXiv 2407.14679, section 2.2): mean over the positions of a row, L2 over the rows.

@@ -134,7 +134,7 @@ class _Kept:
     """By block, of the model as it was."""
     groups: list[Tensor]
     config: Any
-    """What is left is the configuration of this model."""
+    """Configuration of the pruned model."""
 
     @classmethod
     def of(cls, scores: Importance, config: Any) -> _Kept:
@@ -147,11 +147,11 @@ class _Kept:
         )
 
     def renamed(self, name: str, block: int | None) -> str:
-        """What the weight or module `name`, which is in `block`, is called where this is all."""
+        """Return the name that the weight or module `name`, which is in `block`, has in the pruned model."""
         return name if block is None else name.replace(f"layers.{block}.", f"layers.{self.blocks.index(block)}.")
 
     def cut(self, weight: Tensor, axes: tuple[str, ...], block: int) -> Tensor:
-        """What stays of a `weight` in `block` whose dimensions run over `axes`."""
+        """Return the part that is kept of a `weight` in `block` whose dimensions run over `axes`."""
         for dim in range(weight.dim()):
             index = self._along(axes[dim], block)
             weight = weight if index is None else weight.index_select(dim, index.to(weight.device))
@@ -209,13 +209,13 @@ def _rescale(made: PreTrainedModel, model: PreTrainedModel, kept: _Kept, energy:
 
 
 def _embedding_scale(model: PreTrainedModel) -> float:
-    """What the embedding of `model` multiplies its weights by."""
+    """Return the factor by which the embedding of `model` multiplies its weights."""
     return getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
 
 
 @torch.no_grad()
 def _offset(norm: nn.Module) -> int | None:
-    """What an RMSNorm adds to its weight before it multiplies by it: 1 in Gemma, else 0. None for another norm."""
+    """Return what an RMSNorm adds to its weight before multiplying by it: 1 in Gemma, else 0. None for another norm."""
     probe: Any = copy.deepcopy(norm).to_empty(device="cpu")
     nn.init.ones_(probe.weight)
     scale = float(probe(torch.ones(1, len(probe.weight))).mean())

@@ -1,4 +1,4 @@
-"""What training a mixture of experts needs beside the loss: routers that stay balanced, and figures of how balanced they are.
+"""Training support for mixtures of experts, beside the loss: routers that stay balanced, and figures of how balanced they are.
 
 All of it hangs on forward hooks of the routers, so that it works block by block: on one stage of a pipeline, under activation
 checkpointing, with the experts of a layer spread over ranks.
@@ -60,7 +60,7 @@ def balance_loss(scores: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the routers of a model did; over data-parallel ranks, `aux` is to be averaged and `load` summed."""
+    """Routing statistics of a model; over data-parallel ranks, `aux` is to be averaged and `load` summed."""
 
     aux: torch.Tensor
     """[layers] fp32: `balance_loss`, mean over micro-batches."""
@@ -88,7 +88,7 @@ class RouterWatch:
 
     def __init__(self, model: nn.Module, aux_weight: float, scale: float, layers: int, section: str) -> None:
         self.scale = scale
-        """What the loss of a micro-batch is multiplied by before its backward pass; may be set anew before any forward pass."""
+        """Factor applied to the loss of a micro-batch before its backward pass; may be set anew before any forward pass."""
         self._weight = aux_weight
         self._layers = layers
         self._section = section
@@ -107,11 +107,11 @@ class RouterWatch:
 
     @property
     def biased(self) -> bool:
-        """Whether each router has a bias on its choice that `update_bias` can move."""
+        """Return whether each router has a selection bias that `update_bias` can move."""
         return all(_bias(router) is not None for router in self._routers)
 
     def take(self) -> Routing:
-        """What happened since the last call, on this rank."""
+        """Return the routing statistics since the last call, on this rank, and reset them."""
         passes = torch.tensor(self._passes, device=self._aux.device).clamp(min=1)
         taken = Routing(self._aux / passes, self._load)
         self._passes = [0] * len(self._routers)

@@ -78,7 +78,7 @@ def read_share(folder: Path, share: Share) -> PreTrainedModel:
 
 
 def plainly_named(folder: Path) -> bool:
-    """Whether the tensors in `folder` are those of the model, one by one and in their shapes, and none is too many.
+    """Return whether the tensors in `folder` are exactly those of the model, one by one, with equal shapes and none left over.
 
     Most are. Where transformers splits or merges tensors as it loads them, they are readable to it alone.
     """

@@ -1,4 +1,4 @@
-"""What multi-token prediction is worth as its own draft model: acceptance on given text, and greedy self-speculative decoding.
+"""Value of multi-token prediction as a draft model: acceptance on given text, and greedy self-speculative decoding.
 
 Module k drafts the token k + 1 ahead; the model itself says one token for certain and checks the drafts in its next forward
 (Leviathan et al. 2023 with greedy choices: a draft is accepted if it is what the model would have said).
@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Acceptance:
-    """How far drafts hold, over all positions at which the deepest module has a token to be checked."""
+    """Acceptance of drafts, over all positions at which the deepest module has a token to be checked."""
 
     positions: int
     rates: tuple[float, ...]

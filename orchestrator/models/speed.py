@@ -1,4 +1,4 @@
-"""How fast a model answers, taken in the same way of every model."""
+"""Inference speed of a model, measured in the same way for every model."""
 
 from __future__ import annotations
 

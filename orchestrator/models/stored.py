@@ -1,4 +1,4 @@
-"""Where the tensors of a model lie in the files of its folder, under names that transformers resolves as it loads them."""
+"""Location of a model's tensors in the files of its folder, under names that transformers resolves as it loads them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Stored:
     """In that file."""
     shape: tuple[int, ...]
     as_it_is: bool
-    """Whether it is the model's tensor, and not one of several that transformers makes that of."""
+    """True if it is the model's own tensor, not one of several from which transformers builds it."""
 
     def read(self) -> torch.Tensor:
         with safe_open(self.file, framework="pt", backend="pread") as weights:

@@ -76,7 +76,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def is_plain(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
-    """Whether `tokenizer` makes the ids that tokenizer.json in `folder` says, judged by a probe."""
+    """Return whether `tokenizer` produces the same ids as tokenizer.json in `folder`, judged by a probe text."""
     from tokenizers import Tokenizer
 
     plain = Tokenizer.from_file(str(folder / TOKENIZER))

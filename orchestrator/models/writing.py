@@ -81,12 +81,12 @@ class ModelWriter:
         self._file = {}
 
     def _written(self, number: int) -> Path:
-        """Where a file lies until it is known how many there are."""
+        """Return the temporary path of file number `number`, used until it is known how many files there are."""
         return self._folder / f"model-{number}.part"
 
 
 def _merges(model: PreTrainedModel) -> bool:
-    """Whether several of the model's tensors become one on disk, so that they have to be there together."""
+    """Return whether several of the model's tensors become one on disk, so that they must be present together."""
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     return any(len(converter.reverse_transform().source_patterns) > 1 for converter in converters)

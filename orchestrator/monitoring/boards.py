@@ -30,7 +30,7 @@ def _gauge(name: str, title: str, unit: str, *, log_scale: bool = False, width: 
 
 
 def _total(name: str, title: str, thresholds: Sequence[tuple[float, str]], optional: str) -> Panel:
-    """What a counter of the registry stands at, by stage."""
+    """Return a panel with the current value of a counter of the registry, by stage."""
     query = Query(f"sum by ({BY_STAGE}) ({of(name, THIS_RUN)})", STAGE)
     return Panel(
         title, f"{METRICS[name].help}.", [query], "short", kind="stat", thresholds=thresholds, width=4, optional=optional

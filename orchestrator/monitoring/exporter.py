@@ -23,7 +23,7 @@ from orchestrator.tracking.names import (
 )
 
 TAGS = ("run", "stage", "replica")
-"""Of every metric; `replica` is empty, which is no label to Prometheus, unless the value is that of one replica alone."""
+"""Tags of every metric; `replica` is empty, which is no label to Prometheus, unless the value is that of one replica alone."""
 
 Series = tuple[str, str]
 """Metric, replica."""

@@ -14,7 +14,7 @@ from orchestrator.monitoring.rules import rules
 from orchestrator.tracking.names import METRICS
 
 DISCOVERY = Path("/tmp/ray/prom_metrics_service_discovery.json")
-"""Where Ray's head node lists what is to be scraped."""
+"""File in which Ray's head node lists the targets to be scraped."""
 SCRAPE_EVERY = "10s"
 """As often as Ray's processes report."""
 RAY_DASHBOARDS = "/tmp/ray/session_latest/metrics/grafana/dashboards"

@@ -1,4 +1,4 @@
-"""What dashboards and alerts ask Prometheus: expressions that are used more than once, built on the registry's names."""
+"""PromQL expressions that dashboards and alerts use more than once, built on the registry's names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def since(name: str, *matchers: str, by: str = "run") -> str:
 
 
 def added(name: str, window: str, by: str = "run") -> str:
-    """What a counter has grown by, also if its first value is no older: `increase` sees no growth from nothing to one."""
+    """Return an expression for the growth of a counter over `window`, also if its first value is no older: `increase` sees no
+    growth from nothing to one."""
     grown, new = f"increase({of(name)}[{window}])", f"({of(name)} unless {of(name)} offset {window})"
     return f"sum by ({by}) ({grown} > 0 or {new})"
 

@@ -1,4 +1,4 @@
-"""What Prometheus works out by itself: recorded series, and the alerts on them."""
+"""Rules that Prometheus evaluates itself: recorded series, and the alerts on them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Alert:
     name: str
     expr: str
     hold: str
-    """How long it must be true before it fires."""
+    """Duration for which the expression must be true before the alert fires."""
     severity: Literal["info", "warning", "critical"]
     summary: str
     advice: str

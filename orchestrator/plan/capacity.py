@@ -1,4 +1,4 @@
-"""What a job would take on a cluster that need not exist: `distill plan JOB --cluster 128xH100`."""
+"""Estimate of what a job requires on a cluster that need not exist: `distill plan JOB --cluster 128xH100`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.spec.job import Job
 from orchestrator.spec.model import Model
 
 WORTH_SAYING = 1.05
-"""How much faster another batch must be."""
+"""Minimum speed-up by another batch for it to be suggested."""
 
 
 def capacity(plan: Plan, cluster: str, price_per_hour: float | None, rates: Calibration | None) -> list[str]:
@@ -110,7 +110,7 @@ def _known(shape: Decoder | None, name: str) -> Decoder:
 
 
 def _keys(split: Split, cluster: Cluster) -> str:
-    """What to write into the job file to get `split`."""
+    """Return the job file keys that give `split`."""
     gpu = ", train.gpus_per_worker 1, teacher.gpus_per_shard 1" if cluster.device.on_gpu else ""
     return f"{_sizes(split)}, teacher.shards {split.devices_a_replica}{gpu}"
 

@@ -1,4 +1,4 @@
-"""What the JSON files of a checkpoint say of it; no model library needed."""
+"""Reading of a checkpoint's JSON files; no model library needed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_object(file: Path, key: str) -> Json:
 
 
 def model_in(path: str, key: str) -> Model | None:
-    """What config.json of a local checkpoint describes; None for one that is not here."""
+    """Return the model that config.json of a local checkpoint describes; None for a checkpoint that is not on this machine."""
     folder = local_checkpoint(path)
     if folder is None or not (folder / "config.json").is_file():
         return None

@@ -18,7 +18,7 @@ NODE_LINK = 50 * GB
 
 @dataclass(frozen=True)
 class Device:
-    """What one worker computes on. Rates are the vendor's, dense, per second."""
+    """The device that one worker computes on. Rates are the vendor's, dense, per second."""
 
     name: str
     memory: int | None
@@ -105,9 +105,9 @@ class Calibration:
     student_flops_per_s: float
     teacher_flops_per_s: float
     activation_bytes_per_s: float = math.inf
-    """Of a student that is held up by memory too: what its blocks keep for the way back, and logits."""
+    """Bytes of activations, for a student limited by memory too: kept by its blocks for the backward pass, and logits."""
     update_bytes_per_s: float = math.inf
-    """Of the optimizer's step: master weights and moments."""
+    """Bytes of master weights and moments in the optimizer's step."""
 
 
 def assumed_calibration(device: Device, student_precision: str, teacher_precision: str) -> Calibration:

@@ -1,4 +1,4 @@
-"""What a training costs on a cluster: whether it fits, how long it takes, how many devices teach, and what to change."""
+"""Cost of a training on a cluster: whether it fits, how long it takes, how many devices teach, and what to change."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Workload:
         return self.steps * self.global_rows * self.seq_len
 
     def rows(self, layout: Layout) -> Rows | None:
-        """What one replica works on in a step; None where the batch does not divide among `layout.data`."""
+        """Return the rows that one replica processes in a step; None where the batch does not divide among `layout.data`."""
         share, rest = divmod(self.global_rows, layout.data)
         if rest or not share:
             return None
@@ -83,7 +83,7 @@ class Split:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of the slower side."""
+        """Return the rate of the slower side, in tokens per second."""
         return min(self.student.speed.tokens_per_s, self.teacher_tokens_per_s)
 
     @property
@@ -102,12 +102,12 @@ def estimate(work: Workload, layout: Layout, cluster: Cluster, calibration: Cali
 
 
 def fits(memory: Footprint, cluster: Cluster) -> bool | None:
-    """Whether a worker of `memory` has room on a device; None where that is not known."""
+    """Return whether a worker that needs `memory` fits on a device; None where the device's memory is not known."""
     return None if cluster.device.memory is None else memory.total <= ROOM * cluster.device.memory
 
 
 def teacher_bytes(work: Workload, devices: int, on_gpu: bool) -> int:
-    """Of each of `devices` that share one replica: weights, hidden states of two blocks, logits of one chunk."""
+    """Return the bytes on each of `devices` sharing one replica: weights, hidden states of two blocks, logits of one chunk."""
     model, size = work.teacher, 4 if work.teacher_precision == "fp32" else 2
     tokens = work.teacher_rows * work.seq_len
     widest = max(block.width + block.chosen * block.expert_width for block in model.blocks)
@@ -157,7 +157,7 @@ def rebatched(
 def _best(
     work_of: Callable[[Layout], Workload], layout: Layout, cluster: Cluster, calibration: Calibration, price: float | None
 ) -> Split:
-    """Of all numbers of data-parallel workers, each doing the work that `work_of` gives it."""
+    """Return the best split over all numbers of data-parallel workers, each doing the work that `work_of` gives it."""
     work = work_of(layout)
     replica = devices_a_replica(work, cluster)
     label_rate = teacher_speed(work.teacher, work.seq_len, replica, calibration)

@@ -23,7 +23,7 @@ GPU_PROCESS = 1 << 30
 HEAP_HOLES = 1.4
 """On a CPU freed activations leave holes in glibc's heap that stay resident: measured 1.0 to 1.5."""
 LABEL_BYTES = 64 * 12
-"""Of one position's labels as tensors: ids and probabilities."""
+"""Bytes of one position's labels as tensors: ids and probabilities."""
 STEPS_HELD = 4
 """Steps whose labels a worker holds: one in use, one being read, two ahead."""
 
@@ -39,7 +39,7 @@ class Footprint:
     head: int
     """Logits of one chunk with what the loss makes of them, and the fp32 gradient of the head's weight."""
     buffers: int
-    """What communication and the optimizer's step need beyond the room that activations leave."""
+    """Bytes that communication and the optimizer's step need beyond the memory that activations leave free."""
     process: int
     host: int = 0
     """Bytes in the machine's memory instead: optimizer states and gradients that are offloaded."""
@@ -51,7 +51,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Rows:
-    """What one worker works on in one step."""
+    """The rows that one worker processes in one step."""
 
     micro_rows: int
     micro_batches: int
@@ -67,7 +67,7 @@ class Rows:
 
 
 def footprint(model: Decoder, layout: Layout, rows: Rows, on_gpu: bool) -> Footprint:
-    """Of the worker of a pipeline that needs most; of any worker without one."""
+    """Return the footprint of the worker of a pipeline that needs most; without a pipeline, of any worker."""
     held = shares(model, layout, rows.micro_batches)
     return max((_worker(model, share, layout, rows, on_gpu) for share in held), key=lambda f: f.total)
 
@@ -152,7 +152,7 @@ def _activations(model: Decoder, share: Share, layout: Layout, rows: Rows, on_gp
 
 
 def activation_bytes_per_token(model: Decoder, layout: Layout, seq_len: int, on_gpu: bool) -> float:
-    """Of all blocks and the passes over the logits: what memory traffic is proportional to."""
+    """Return the bytes of all blocks and the passes over the logits, to which memory traffic is proportional."""
     blocks = sum(block_bytes(model, block, layout.element, seq_len, on_gpu) for block in model.blocks)
     return blocks + model.head_passes * model.vocab * (4 + layout.element)
 
@@ -188,5 +188,5 @@ def _scores_bytes(a: Attention, seq_len: int, on_gpu: bool) -> int:
 
 
 def fused(a: Attention, on_gpu: bool) -> bool:
-    """Whether `sdpa` has a kernel that never holds all scores: on a CPU only for keys and values of the same width."""
+    """Return whether `sdpa` has a kernel that never holds all scores: on a CPU only for keys and values of the same width."""
     return on_gpu or a.qk_dim == a.v_dim

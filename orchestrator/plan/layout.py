@@ -1,4 +1,4 @@
-"""How a training is laid out over workers: who holds what of the model, and how long a pipeline idles."""
+"""Layout of a training over workers: the part of the model that each holds, and how long a pipeline idles."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def layout_of(train: Train) -> Layout:
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker holds of a model, before ZeRO."""
+    """The part of a model that one worker holds, before ZeRO."""
 
     pieces: tuple[tuple[Block, ...], ...]
     """Blocks of its pieces of the model: one, or two under dualpipev."""
@@ -94,7 +94,7 @@ class Share:
 
 
 def shares(model: Decoder, layout: Layout, micro_batches: int) -> list[Share]:
-    """What each worker of one pipeline holds; one share without a pipeline."""
+    """Return the share of the model that each worker of one pipeline holds; one share without a pipeline."""
     pieces, last = _cut(model, layout.parts), layout.parts - 1
     return [
         _share(

@@ -1,4 +1,4 @@
-"""How long a training is: in steps, in rows, in passes over the rows there are."""
+"""Length of a training: in steps, in rows, in passes over the available rows."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def shown_length(train: Train) -> str:
 
 
 def progress_figures(steps: int, train: Train, rows: int, seq_len: int) -> dict[str, float]:
-    """What `steps` of `train` read of the `rows` that there are, of `seq_len` tokens each."""
+    """Return figures of what `steps` of `train` read of the available `rows` of `seq_len` tokens each."""
     seen = steps * train.global_batch
     return {"rows_seen": seen, "rows_there": rows, "passes": seen / rows, "tokens_seen": seen * seq_len}

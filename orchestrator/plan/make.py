@@ -34,9 +34,9 @@ class Training:
     """None if it depends on what is not known before the run."""
     batch: Batch
     active_params: int | None
-    """Of them, those that one token meets."""
+    """Number of these parameters that one token passes through."""
     memory: Footprint | None
-    """Of the worker that needs most."""
+    """Memory of the worker that needs most."""
     on_gpu: bool
     deepspeed: dict[str, Any]
     length: str
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def run_directory(self) -> str:
-        """Of the first run of that name; a job that was changed since gets a directory of its own, NAME-2."""
+        """Return the directory of the first run of that name; a job changed since then gets its own directory, NAME-2."""
         return f"{self.storage}/runs/{self.job.name}"
 
 

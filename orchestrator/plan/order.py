@@ -52,7 +52,7 @@ def _mix(counter: npt.NDArray[np.uint64], key: tuple[int, ...]) -> npt.NDArray[n
 
 
 class Row(NamedTuple):
-    """Where a row lies."""
+    """The position of a row: its shard, and its index in it."""
 
     shard: int
     row: int
@@ -107,7 +107,7 @@ class TrainingOrder:
         return self._first_use[0][: self.shard_count_until(steps)].tolist()
 
     def shard_count_until(self, steps: int) -> int:
-        """How many shards the first `steps` steps may touch: those of all windows that these begin."""
+        """Return how many shards the first `steps` steps may touch: those of all windows that these begin."""
         if steps == 0:
             return 0
         last = steps * self._global_batch - 1
@@ -118,7 +118,7 @@ class TrainingOrder:
         return int(np.searchsorted(self._first_use[1], start + length, side="left"))
 
     def _window(self, epoch: int, offset: int) -> tuple[int, int]:
-        """Where in the stream of `epoch` the window of position `offset` begins, and how many rows it has."""
+        """Return where in the stream of `epoch` the window of position `offset` begins, and how many rows it has."""
         batch, step = self._global_batch, offset // self._global_batch
         if step < self._group:
             first = step and 1 << (step.bit_length() - 1)

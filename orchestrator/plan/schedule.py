@@ -28,7 +28,7 @@ def learning_rate(train: Train, step: int) -> float:
 
 
 def scheduled(value: float | Schedule, step: int, steps: int) -> float:
-    """What `value` is at optimizer step `step` of `steps`, counted from 0; the last step has the end value."""
+    """Return `value` at optimizer step `step` of `steps`, counted from 0; the last step has the end value."""
     if not isinstance(value, Schedule):
         return value
     moving = steps - 1 - value.warmup_steps

@@ -1,4 +1,4 @@
-"""What a decoder is made of: parameters in all and per token, block by block, from its transformers configuration alone."""
+"""Sizes of a decoder: parameters in all and per token, block by block, from its transformers configuration alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "vocab_size": 129280,
     },
 }
-"""What transformers takes for keys that are left out; keys without a line here are null, false or absent there."""
+"""Default values in transformers for keys that are left out; keys not listed here are null, false or absent there."""
 _ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "n_routed_experts"}
 """Other names of a key, where transformers maps them for the type."""
 MOST_BLOCKS = 10_000
@@ -79,7 +79,7 @@ class Attention:
     kv_rank: int
     """Width of the latent that keys and values are made of."""
     rope_dim: int
-    """Of MLA: width of the one rotary key that all heads share."""
+    """Width of the one rotary key that all heads share (MLA)."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class Block:
 
     attention: int
     feed_forward: int
-    """What every token passes: a dense feed-forward part, or shared experts and the router."""
+    """Parameters that every token passes through: a dense feed-forward part, or shared experts and the router."""
     norms: int
     expert: int
-    """Of one routed expert."""
+    """Parameters of one routed expert."""
     experts: int
     """Routed experts; 0 in a dense block."""
     chosen: int
@@ -128,7 +128,7 @@ class Decoder:
     head: int
     """0 where the head is tied to the embedding."""
     head_passes: int = 1
-    """How often a position meets the head."""
+    """Number of times that the head is applied to a position."""
 
     @property
     def total(self) -> int:
@@ -193,7 +193,7 @@ def _values(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plausible(kind: str, c: Mapping[str, Any]) -> bool:
-    """Whether the formulas can be applied; what transformers makes of other values, it says itself when the model is built."""
+    """Return whether the formulas can be applied; other values are left for transformers to reject when the model is built."""
     counts = [c[key] for key in (*DEFAULTS[kind], "num_key_value_heads")] + [c.get("head_dim") or 1]
     if not all(isinstance(count, int) and count >= 0 for count in counts):
         return False
@@ -237,7 +237,7 @@ def _block(kind: str, c: Mapping[str, Any], attention: Attention, index: int) ->
 
 
 def _routed(kind: str, c: Mapping[str, Any], index: int) -> bool:
-    """Whether block `index` has routed experts."""
+    """Return whether block `index` has routed experts."""
     if kind == "deepseek_v3":
         return index >= c["first_k_dense_replace"]
     if kind == "qwen3_moe":

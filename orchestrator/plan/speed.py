@@ -1,4 +1,4 @@
-"""How fast a layout trains: FLOPs, traffic between workers, and the time of a step."""
+"""Training speed of a layout: FLOPs, traffic between workers, and the time of a step."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Speed:
     """Share of the passes' time that the pipeline idles."""
     traffic: Traffic
     communication_s: float
-    """What is not hidden behind the passes."""
+    """Seconds of communication that are not hidden behind the passes."""
     update_s: float
     step_s: float
     tokens_per_s: float
-    """Of all workers."""
+    """Tokens per second of all workers together."""
 
 
 def forward_flops(model: Decoder, seq_len: int) -> float:
@@ -88,7 +88,7 @@ def _others(group: int) -> float:
 
 
 def training_speed(model: Decoder, layout: Layout, rows: Rows, cluster: Cluster, calibration: Calibration) -> Speed:
-    """Of a step in which each of `layout.data` replicas passes `rows`.
+    """Return the speed of a training step in which each of `layout.data` replicas processes `rows`.
 
     DualPipeV hides what pipeline and experts send behind the passes; nothing else is taken to overlap.
     """

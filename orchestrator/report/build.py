@@ -68,7 +68,7 @@ def write_pages(
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """What the run showed, in one sentence that claims no more than was measured."""
+    """Describe the result of the run in one sentence that claims no more than was measured."""
     student, baseline, teacher = (_ce(report, m) for m in ("student", "baseline", "teacher"))
     gap = recovered(report)
     if student is None or teacher is None:
@@ -108,7 +108,7 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def _context(report: dict[str, Any]) -> dict[str, Any]:
-    """What both templates are given."""
+    """Return the variables that both templates receive."""
     models = [{"name": m} | {f: report[m].get(f) for f in _FIELDS} for m in MODELS if report.get(m)]
     for model in models:
         model["ce_interval"] = words.interval(report[model["name"]].get("heldout_ce_nats_interval"), words.number)
@@ -155,7 +155,7 @@ def _scale(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ledger_note(ledger: dict[str, Any]) -> str:
-    """Whether every planned label row is accounted for, in words."""
+    """Describe whether every planned label row is accounted for; empty if the ledger's numbers are not known."""
     numbers = [ledger.get(k) for k in ("planned", "committed", "quarantined", "duplicates")]
     if any(n is None for n in numbers):
         return ""

@@ -1,4 +1,4 @@
-"""What stands in the report beside its figures of quality: what was trained on what, where, and how to do it again."""
+"""Facts in the report beside its quality figures: what was trained on what, where, and how to reproduce it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where teacher, student and baseline spent their time, and which of them held up the run."""
+"""Analysis of how teacher, student and baseline spent their time, and which of them held up the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.tracking import names
 TRAININGS = ("teacher", "student", "baseline")
 DISTILLING = "labels and student"
 MATTERS = 0.25
-"""Of the run's time; what is shorter is not worth a sentence on how it could be shorter still."""
+"""Share of the run's time below which labelling and training are too short for advice on making them shorter."""
 WORTH_NAMING = 0.05
 """Shares of waiting below are how two sides that keep pace look."""
 MOSTLY, LONG_AFTER = 0.5, 0.25
@@ -46,7 +46,7 @@ class Lane:
         return self.spans[0].start_s - self.began_s
 
     def figures(self) -> dict[str, float]:
-        """What report.json says under `timeline`."""
+        """Return the lane's figures in the section `timeline` of report.json."""
         busy, waiting, idle = (sum(getattr(s, f"{kind}_s") for s in self.spans) for kind in ("busy", "waiting", "idle"))
         ends = {"began_s": self.began_s, "ended_s": self.ended_s, "startup_s": self.startup_s}
         return ends | {"busy_s": busy, "waiting_s": waiting, "idle_s": idle}
@@ -106,7 +106,7 @@ _LONGEST = {
 def bottleneck(
     stages: Sequence[Mapping[str, Any]], timeline: Mapping[str, Mapping[str, float]], wall_s: float, room: Room
 ) -> str:
-    """What took the largest part of the run's `wall_s`, and if labelling and training matter in it, which held up the other.
+    """Describe what took most of the run's `wall_s`, and if labelling and training matter in it, which held up the other.
 
     `stages` and `timeline` are those of report.json; advice is given only where there is `room` to follow it.
     """

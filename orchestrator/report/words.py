@@ -13,7 +13,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def perplexity(value: float | None, ce: float | None) -> str:
-    """Of a finite cross entropy `ce`; JSON has no word for an infinite one."""
+    """Format the perplexity of a finite cross entropy `ce`; infinity is null in JSON, which has no infinite numbers."""
     return "∞" if value is None and ce is not None else number(value, 2)
 
 

@@ -66,8 +66,8 @@ def _summary(store: Store, directory: RunDirectory, differs: dict[str, Any]) -> 
 
 
 def _result_fields(store: Store, directory: RunDirectory) -> dict[str, Any]:
-    """What can change the run's result: fields of its job, by dotted name, and its inputs; none of a job that this version does
-    not understand."""
+    """Return the values that can change the run's result: fields of its job, by dotted name, and its inputs; empty for a job
+    that this version does not understand."""
     plan = store.read_json(f"{directory.key}/plan.json") or {}
     try:
         fields = flat(result_fields(Job.model_validate_json(json.dumps(plan.get("job")))))

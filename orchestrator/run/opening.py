@@ -1,4 +1,4 @@
-"""How a run is opened and closed: its lock, its record, the places that follow it, and Ray."""
+"""Opening and closing of a run: its lock, its record, the places that follow it, and Ray."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METRICS, OUTBOX = "metrics.jsonl", "tracking.json"
 MONITOR_EVERY_S = 0.5
 TRACKER_DRAIN_S = 15.0
 CLOSE_S = 30.0
-"""How long a run that failed or was stopped waits for a cluster that may be gone."""
+"""Seconds that a failed or stopped run waits for a cluster that may be gone."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where a run is written down."""
+"""The place in a storage that a run writes to."""
 
 from __future__ import annotations
 

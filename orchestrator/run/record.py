@@ -137,7 +137,7 @@ class RunRecord:
 
 
 def ended_by(error: BaseException) -> Literal["stopped", "failed"]:
-    """How a run, or a stage of it, stands that `error` ended."""
+    """Return the status of a run, or of a stage of it, that `error` ended."""
     return "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
 
 

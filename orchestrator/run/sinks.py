@@ -1,4 +1,4 @@
-"""Where a run is told to: the terminal, the metric log with MLflow behind it, and Prometheus, behind one interface."""
+"""Outputs of a run behind one interface: the terminal, the metric log with MLflow behind it, and Prometheus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What MLflow is told of a run as a whole: who and where, the job as parameters, and at the end its figures."""
+"""Data that MLflow receives about a run as a whole: who and where, the job as parameters, and at the end its figures."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def hide_gpus() -> None:
 
 
 def visible_gpus() -> int | None:
-    """How many GPUs CUDA_VISIBLE_DEVICES lets this process see; None if it does not say."""
+    """Return how many GPUs CUDA_VISIBLE_DEVICES lets this process see; None if it is not set."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
         return None
@@ -34,7 +34,7 @@ def visible_gpus() -> int | None:
 
 
 def ray_temp_folder() -> str:
-    """Where a Ray that is started here puts its sessions; Ray's own rule."""
+    """Return the folder in which a Ray that is started here keeps its sessions, by Ray's own rule."""
     return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
 
 
@@ -47,7 +47,7 @@ def prepare_deepspeed(on_gpu: bool) -> None:
 
 
 def lone_process() -> None:
-    """What a launcher would have set for a group of this process alone."""
+    """Set the variables that a launcher would set for a process group of this process alone."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -58,7 +58,7 @@ def tracking_uri() -> str | None:
 
 
 def vllm_key() -> str | None:
-    """What a vLLM server that was started with --api-key wants to be told."""
+    """Return the key for a vLLM server that was started with --api-key; None if none is set."""
     return os.environ.get("VLLM_API_KEY") or None
 
 
@@ -85,7 +85,7 @@ def prepare_ray(local: bool) -> None:
 
 
 def ray_token() -> str | Path | None:
-    """Where Ray takes its token from: the name of a variable, or a file; None without token authentication."""
+    """Return where Ray takes its token from: the name of a variable, or a file; None without token authentication."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return None
     if os.environ.get("RAY_AUTH_TOKEN"):
@@ -147,5 +147,5 @@ def job_tags() -> dict[str, str]:
 
 
 def has_display() -> bool:
-    """Whether a window can be opened: always on macOS and Windows, elsewhere with a display server or a set browser."""
+    """Return whether a window can be opened: always on macOS and Windows, elsewhere with a display server or a set browser."""
     return sys.platform in ("darwin", "win32") or any(os.environ.get(n) for n in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))

@@ -47,8 +47,8 @@ echo "distill: no Python on this cluster has the packages of distill: install th
   "or start Ray with DISTILL_PYTHON set to the interpreter that has them" >&2
 exit 4
 """
-"""What a job runs there. PATH leads to the interpreter of Ray only where its environment was activated, and Ray tells a job
-nothing of it; the command line of the raylet, the parent of the process that supervises the job, does."""
+"""Shell script of a job. PATH leads to Ray's interpreter only where its environment was activated, and Ray does not tell a job
+where it is; the command line of the raylet, the parent of the process that supervises the job, does."""
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ENDED = {"STOPPED", "SUCCEEDED", "FAILED"}
 
@@ -152,7 +152,7 @@ class JobServer:
             return Submission.of(self._client.get_job_info(submission_id))
 
     def logs(self, submission_id: str) -> str:
-        """What the run has written so far."""
+        """Return the output that the run has written so far."""
         with self._faults():
             return self._client.get_job_logs(submission_id)
 

@@ -1,4 +1,4 @@
-"""What this machine has to compute with, found without torch and without Ray."""
+"""Computing resources of this machine, found without torch and without Ray."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Machine:
     memory: int
     """Bytes that it may use, swap included."""
     free_memory: int
-    """Of them, bytes that nobody uses now."""
+    """Bytes of `memory` that are not in use now."""
     gpus: tuple[Gpu, ...] | None
     """None where it cannot be told without the libraries that use them."""
 
@@ -62,7 +62,7 @@ def _gpus() -> tuple[Gpu, ...] | None:
 
 
 def _asked_driver() -> tuple[Gpu, ...] | None:
-    """What nvidia-smi lists; where there is none, what the driver shows. None if it does not answer."""
+    """Return the GPUs that nvidia-smi lists, or without it those that the driver shows. None if nvidia-smi does not answer."""
     if shutil.which("nvidia-smi") is None:
         return tuple(Gpu(device.name, None) for device in sorted(Path("/dev").glob("nvidia[0-9]*")))
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]

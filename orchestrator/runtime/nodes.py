@@ -1,4 +1,4 @@
-"""What the nodes of a cluster must have in common, looked at before any work starts: the code, and the storage."""
+"""Checks, before any work starts, that the nodes of a cluster run the same code and see the same storage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VISIBLE_S = 5.0
 """A network file system shows a new file this soon."""
 PROBES = "nodes"
 SAME = ("python", "ray", "torch", "deepspeed", "transformers")
-"""What must be of one version; `orchestrator` must be of one source too."""
+"""Packages that must have the same version on all nodes; `orchestrator` must also have the same source."""
 
 
 class Shared(Protocol):
@@ -109,7 +109,7 @@ def check_shared(unseen: dict[str, list[str]], names: dict[str, str], where: str
 
 
 def _on_each(nodes: list[Node], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
-    """What `function(*args)` returns on each node, by the node's name."""
+    """Return the result of `function(*args)` on each node, by the node's name."""
     task = ray.remote(num_cpus=0, max_retries=0)(function)
     there = [NodeAffinitySchedulingStrategy(node.id, soft=False) for node in nodes]
     references = [task.options(scheduling_strategy=strategy).remote(*args) for strategy in there]

@@ -45,7 +45,7 @@ def knock(host: str, port: int) -> None:
 
 
 def lost_cluster(error: BaseException) -> bool:
-    """Whether `error` says that Ray, or a process that Ray ran, is gone; results on storage are not."""
+    """Return whether `error` says that Ray, or a process that Ray ran, is gone; results on storage are not lost."""
     import ray.exceptions as lost
 
     kinds = (lost.RayActorError, lost.WorkerCrashedError, lost.ObjectLostError, lost.RpcError, lost.NodeDiedError)
@@ -89,7 +89,7 @@ def check_resources(needed: dict[str, float], what: str) -> None:
 
 
 def replicas_that_fit(each: dict[str, float], beside: dict[str, float]) -> int:
-    """How many times `each` (CPU, GPU) the cluster can hold when `beside` is taken."""
+    """Return how many times `each` (CPU, GPU) fits on the cluster when `beside` is taken."""
     have = capacity()
     return min(int((have[kind] - beside[kind]) // amount) for kind, amount in each.items() if amount)
 

@@ -1,4 +1,4 @@
-"""What every section of a job file is: frozen, strict, closed to unknown keys; and which of its fields change no result."""
+"""Base of every section of a job file: frozen, strict, closed to unknown keys; and marks of fields that change no result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the text comes from and how it becomes training windows."""
+"""The source of the text, and how it becomes training windows."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ class Data(Spec):
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the documents kept out of training for evaluation."""
     undecodable: Literal["error", "replace", "skip"] = "error"
-    """What to do with a document that is not UTF-8."""
+    """Treatment of a document that is not UTF-8."""
     special_tokens_in_text: Literal["encode_as_text", "allow", "error"] = "encode_as_text"
-    """What to do where a document itself contains the text of a special token, such as <|endoftext|>. allow: it becomes that
-    token, which texts with a chat template in them need."""
+    """Treatment of a document that itself contains the text of a special token, such as <|endoftext|>. allow: it becomes that
+    token, which texts that contain a chat template need."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides the held-out split and the shuffle into shards; the job's seed does not touch the tokens."""

@@ -37,7 +37,7 @@ class Evaluate(Spec):
 
 class Export(Spec):
     directory: Annotated[str | None, NO_RESULT] = None
-    """Where the Hugging Face folder goes; null: `export` in the run directory."""
+    """Destination of the Hugging Face folder; null: `export` in the run directory."""
     mtp: Literal["keep", "drop"] = "keep"
     """Multi-token-prediction modules, in files of their own beside the model."""
 
@@ -60,7 +60,7 @@ class Cluster(Spec):
 
 class Job(Spec):
     name: Annotated[str, Field(pattern=NAME_PATTERN), NO_RESULT]
-    """Of the run; a job that is changed under the same name becomes another run, NAME-2."""
+    """Name of the run; a job that is changed under the same name becomes another run, NAME-2."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Student initialisation and training order."""
     storage: Annotated[str, NO_RESULT] = Field(default="./distill-store", min_length=1)
@@ -78,7 +78,7 @@ class Job(Spec):
 
     @property
     def trainings(self) -> dict[str, Train]:
-        """What is trained, by the key of its section; the baseline is trained as the student."""
+        """Return the trainings by the key of their section; the baseline is trained like the student."""
         found = {"train": self.train}
         return found | {"teacher.train": self.teacher.train} if isinstance(self.teacher, PretrainTeacher) else found
 

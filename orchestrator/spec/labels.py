@@ -1,4 +1,4 @@
-"""What the teacher says, and how it is stored."""
+"""The teacher's labels, and how they are stored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Temperature = Annotated[float, Field(gt=0, le=1000)]
 
 
 Part = Literal["hidden", "ffn", "queries", "keys", "values"]
-"""Of a decoder block: its output, its feed-forward output, or the vectors its attention works on."""
+"""Part of a decoder block: its output, its feed-forward output, or the vectors that its attention works on."""
 ATTENTION_PARTS: tuple[Part, ...] = ("queries", "keys", "values")
 
 
@@ -34,7 +34,7 @@ def feature_name(part: Part, layer: int) -> str:
 
 
 class Vectors(Spec):
-    """How vectors per position are stored."""
+    """Storage format of vectors per position."""
 
     codec: Literal["fp16", "fp32", "int8", "pca"] = "fp16"
     """fp32 is exact; int8 keeps one fp32 scale per position; pca keeps fp16 coordinates in a basis that is fitted on the first
@@ -50,7 +50,7 @@ class Vectors(Spec):
 
 
 class Features(Vectors):
-    """What is kept of the teacher's inner layers, for feature and relation losses."""
+    """Activations that are kept of the teacher's inner layers, for feature and relation losses."""
 
     keep: tuple[Feature, ...] = Field(min_length=1)
 

@@ -43,7 +43,7 @@ class TeacherBase(Spec):
     cpus_per_shard: Annotated[float, NO_RESULT] = Field(default=1, gt=0)
     gpus_per_shard: Annotated[float, NO_RESULT] = Field(default=0, ge=0, le=1)
     placement_timeout_s: Annotated[float, NO_RESULT] = Field(default=600, gt=0)
-    """How long `replicas.min` replicas may wait for room on the cluster before the run gives up."""
+    """Seconds that `replicas.min` replicas may wait for room on the cluster before the run gives up."""
 
     @property
     def cpus_per_replica(self) -> float:
@@ -130,7 +130,7 @@ class StudentBase(Spec):
     mtp_depth: int = Field(default=0, ge=0, le=4)
     """Multi-token-prediction modules (DeepSeek-V3), each predicting one token further ahead."""
     mtp_weight: float = Field(default=0.3, gt=0)
-    """Of the mean of their losses."""
+    """Weight of the mean of the losses of these modules."""
 
 
 class ConfigStudent(StudentBase):
@@ -161,7 +161,7 @@ class CheckpointStudent(StudentBase):
 
 
 class PrunedStudent(StudentBase):
-    """What is most important of the teacher, by its activations (Minitron). Sizes left out are kept."""
+    """The most important parts of the teacher, by its activations (Minitron). Sizes that are left out are kept."""
 
     kind: Literal["pruned"]
     layers: int | None = Field(default=None, ge=1)

@@ -1,4 +1,4 @@
-"""What the student is asked to learn from its teacher, and which labels can serve it."""
+"""The objective that the student is trained on, and which labels can serve it."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class Taid(Spec):
     start: float = Field(default=0.4, ge=0, le=1)
     end: float = Field(default=1.0, gt=0, le=1)
     rate: float = Field(default=5e-4, gt=0)
-    """How much one step may add to t beyond the line."""
+    """Largest increase of t that one step may add beyond the line."""
     momentum: float = Field(default=0.99, ge=0, lt=1)
 
     @model_validator(mode="after")

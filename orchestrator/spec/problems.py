@@ -1,4 +1,4 @@
-"""What validation found wrong with a job, as one line in plain words."""
+"""Validation errors of a job, as one line in plain words."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def report(errors: Sequence[ErrorDetails], origins: Mapping[Keys, str], secrets:
 
 
 def origin(keys: Keys, origins: Mapping[Keys, str]) -> str:
-    """Where `keys`, or the section nearest around them, were written."""
+    """Return where `keys`, or the nearest enclosing section, were written."""
     return next(origins[keys[:end]] for end in range(len(keys), -1, -1) if keys[:end] in origins)
 
 
@@ -86,7 +86,7 @@ def _locate(error: ErrorDetails) -> tuple[Keys, schema.Node]:
 
 
 def _explain(error: ErrorDetails, keys: Keys, section: schema.Node) -> str:
-    """What is wrong, without the value."""
+    """Describe what is wrong, without the value."""
     if error["type"] == "extra_forbidden":
         return _unknown_key(str(keys[-1]), section.get("properties", {}))
     if error["type"].startswith("union_tag"):
@@ -113,7 +113,7 @@ def _found(error: ErrorDetails) -> JsonValue:
 
 
 def _place_named(problem: str, keys: Keys, origins: Mapping[Keys, str]) -> str:
-    """Where the keys that a check over a whole section names were written; an override before the file."""
+    """Return where the keys named by a check over a whole section were written; an override before the file."""
     words = re.findall(r"[\w.-]+", problem)
     places = [origins[path] for word in words if (path := (*keys, *word.split("."))) in origins]
     overrides = [place for place in places if place.startswith("--set ")]

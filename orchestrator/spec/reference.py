@@ -62,7 +62,7 @@ def _section(title: str, node: Node, titles: dict[str, str]) -> str:
 
 
 def _value(node: Node, titles: dict[str, str]) -> str:
-    """What may stand at a key, in words."""
+    """Describe the values that a key may have."""
     if "$ref" in node:
         title = titles.get(_name(node["$ref"]))
         return f"[{title}](#{_anchor(title)})" if title else "any value"

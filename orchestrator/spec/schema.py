@@ -51,12 +51,12 @@ def branch(options: list[Node], title: str | int) -> Node:
 
 
 def variant(node: Node, data: Section) -> Node:
-    """What the keys of the section `data` are checked against; nothing for an unknown kind."""
+    """Return the schema that the keys of the section `data` are checked against; empty for an unknown kind."""
     return of_kind(node, data.get("kind", _default_kind(node))) if kinds(node) else plain(node)
 
 
 def child(node: Node, key: str | int) -> Node:
-    """What `node` says of its item `key`; nothing for an unknown one."""
+    """Return the schema in `node` of its item `key`; empty for an unknown one."""
     found: Any
     if isinstance(key, int):
         first = node.get("prefixItems", ())

@@ -1,4 +1,4 @@
-"""How a model is trained: the batch algebra, the optimizer, the parallel strategy."""
+"""Training settings of a model: the batch algebra, the optimizer, the parallel strategy."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Train(Spec):
     activation_checkpointing: Annotated[bool, NO_RESULT] = False
     """Keep only what enters a block, and compute the rest again on the way back."""
     router_aux_weight: float = Field(default=0.001, ge=0)
-    """Of the load-balancing loss of a mixture of experts."""
+    """Weight of the load-balancing loss of a mixture of experts."""
     router_bias_rate: float = Field(default=0.001, ge=0)
     """Step of the correction bias, for routers that have one (DeepSeek-V3): balance without a loss."""
     workers: Annotated[int, NO_RESULT] = Field(default=1, ge=1)
@@ -114,7 +114,7 @@ class Train(Spec):
     """Restarts after the death of a worker, an accelerator fault or the loss of a node before the run stops (and can be
     resumed). Every new checkpoint renews them."""
     placement_timeout_s: Annotated[float, NO_RESULT] = Field(default=600, gt=0)
-    """How long the workers may wait for room on the cluster before the run gives up; in steps of a minute, Ray Train's."""
+    """Seconds that the workers may wait for room on the cluster before the run gives up; in Ray Train's steps of a minute."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

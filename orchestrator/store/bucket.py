@@ -35,7 +35,7 @@ from obstore.store import S3Store as Client
 from orchestrator.errors import EnvironmentFault
 
 RETRIES, RETRIES_AT_START = 10, 3
-"""Of a request; fewer where a person waits to hear that an address is wrong."""
+"""Retries of a request; fewer at the start, where a person waits to hear that an address is wrong."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S, GIVE_UP_S = 0.2, 15.0, 180.0
 PAUSES_S = (0.5, 2.0, 5.0)
 """Before a conditional write is tried again."""

@@ -19,7 +19,7 @@ from orchestrator.store.shards import TokenShard, joined, read_rows
 
 @dataclass(frozen=True)
 class HeldoutLog:
-    """What the teacher says on `rows` held-out rows, those of `watched_rows`: shard 0 of the label log `key`."""
+    """The teacher's answers on `rows` held-out rows, those of `watched_rows`: shard 0 of the label log `key`."""
 
     key: str
     labels: TopkLabels
@@ -75,7 +75,7 @@ def choose_measured(shards: Sequence[int], rows: int, watched: int) -> Choice:
 
 
 def disjoint(shards: Sequence[int], rows: int, watched: int) -> bool:
-    """Whether enough rows are left to measure on without those that are watched: all that are asked for, or as many as are
+    """Return whether enough rows are left to measure on without the watched ones: all that are asked for, or as many as are
     watched."""
     return sum(_unwatched(shards, watched)) >= min(rows, watched)
 
@@ -86,7 +86,7 @@ def _unwatched(shards: Sequence[int], watched: int) -> list[int]:
 
 
 def _evenly(shards: Sequence[int], rows: int) -> dict[int, int]:
-    """How many of `rows` to take from which shard, evenly from as many shards as that allows."""
+    """Return how many of `rows` to take from each shard, evenly from as many shards as that allows."""
     there = [shard for shard, count in enumerate(shards) if count]
     taken = min(rows, len(there))
     return {

@@ -1,4 +1,4 @@
-"""What a storage offers: files and folders that are whole or not there.
+"""Interface of a storage: files and folders that are either complete or absent.
 
 The three writes are `put_if_absent` (first writer wins; the building block of every commit), `replace` (the newest whole
 version wins) and `publish` (a finished folder).
@@ -59,10 +59,10 @@ class HeldElsewhere:
 
 @dataclass(frozen=True)
 class Part:
-    """What one process adds to a folder that is being built."""
+    """One process's contribution to a folder that is being built."""
 
     folder: Path
-    """Where it writes."""
+    """Folder that the process writes to."""
     files: dict[str, FileRecord] = field(default_factory=dict[str, FileRecord])
     """By relative name, once it has written them all. Files that are put in here before the part ends are not hashed again."""
 
@@ -75,11 +75,11 @@ class Store(ABC):
 
     @abstractmethod
     def address(self, key: str = "") -> str:
-        """Where `key` lies, as a person would write it; what `local_folder` takes."""
+        """Return the location of `key` as a person would write it, in the form that `local_folder` takes."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
-        """Whether there is a file or a finished folder `key`."""
+        """Return whether there is a file or a finished folder `key`."""
 
     @abstractmethod
     def read(self, key: str) -> bytes:
@@ -136,7 +136,7 @@ class Store(ABC):
 
     @abstractmethod
     def holds(self, key: str, files: Mapping[str, FileRecord]) -> bool:
-        """Whether these files of the finished folder `key`, by relative name, are what they were when they were recorded."""
+        """Return whether these files of the finished folder `key`, by relative name, are unchanged since they were recorded."""
 
     @abstractmethod
     def outline(self, key: str) -> Path:
@@ -184,7 +184,7 @@ class Store(ABC):
 
     @abstractmethod
     def held(self, key: str) -> bool:
-        """Whether a process holds the lock `key`; asking keeps nobody from taking it."""
+        """Return whether a process holds the lock `key`; asking does not keep another process from taking it."""
 
     @abstractmethod
     def workspace(self, key: str, names: Sequence[str], still_ours: StillOurs) -> AbstractContextManager[Path]:

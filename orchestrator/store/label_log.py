@@ -70,7 +70,7 @@ class LabelLog:
         return log
 
     def identity(self) -> dict[str, Any]:
-        """What the key was made of; raises `IntegrityError` for a folder that is no log or of another schema."""
+        """Return what the key was made of; raises `IntegrityError` for a folder that is no log or of another schema."""
         try:
             document: Any = self.store.read_json(f"{self.folder}/key.json")
         except ValueError as error:
@@ -110,7 +110,7 @@ class LabelLog:
         self.store.put_if_absent(f"{self.folder}/{name}.json", record.model_dump_json().encode())
 
     def kept(self, name: str) -> bytes | None:
-        """What was kept under `name`, None if nothing was; raises `IntegrityError` if it has changed since."""
+        """Return the bytes kept under `name`, None if there are none; raises `IntegrityError` if they have changed since."""
         record = Kept.load(self.store, f"{self.folder}/{name}.json")
         if record is None:
             return None
@@ -226,7 +226,7 @@ class LabelLog:
             raise IntegrityError(f"{error}; {way_out}") from error
 
     def commit_key(self, shard: int) -> str:
-        """Where the commit record of `shard` lies."""
+        """Return the key of the commit record of `shard`."""
         return f"{self.folder}/commits/{shard:06d}.json"
 
 

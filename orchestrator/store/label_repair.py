@@ -1,4 +1,4 @@
-"""What of a label log is lost, and giving it up so that the next run labels it again."""
+"""Detection of lost parts of a label log, and giving them up so that the next run labels them again."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def give_up(log: LabelLog, losses: Sequence[Loss]) -> list[int]:
 
 
 def count(losses: Sequence[Loss]) -> str:
-    """How much is lost: `3 missing, 1 damaged`."""
+    """Describe how much is lost: `3 missing, 1 damaged`."""
     kinds = Counter("missing" if loss.missing else "damaged" for loss in losses)
     return ", ".join(f"{kinds[kind]} {kind}" for kind in ("missing", "damaged") if kinds[kind])
 

@@ -22,7 +22,7 @@ from orchestrator.store.lock import holder_now
 
 RENEW_S, STALE_S, LOOK_S = 5.0, 20.0, 0.5
 CLOCK_TICK_S = 1.0
-"""What S3 tells times by."""
+"""Resolution of S3's modification times, in seconds."""
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def lease(bucket: Bucket, name: str) -> Generator[Lock]:
 
 
 def held(bucket: Bucket, name: str) -> bool:
-    """Whether the lock object `name` has been renewed in the last `STALE_S`; it is not touched."""
+    """Return whether the lock object `name` has been renewed in the last `STALE_S` seconds; it is not modified."""
     looking = _Lease(bucket, name)
     standing = looking.standing()
     return standing is not None and not _is_free(standing) and looking.age_s(standing) < STALE_S

@@ -17,7 +17,8 @@ from orchestrator.store.lock import check, exclusive, held
 
 
 class LocalStore(Store):
-    """What is being written is called `.tmp-...` and seen by nobody; it gets its name by link(2) or rename(2)."""
+    """A storage in a local folder. A file that is being written is called `.tmp-...` and seen by nobody; it gets its final name
+    by link(2) or rename(2)."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).expanduser().absolute()

@@ -52,7 +52,7 @@ def check(path: Path, token: str) -> None:
 
 
 def held(path: Path) -> bool:
-    """Whether a process holds the lock file `path`; never takes it from one that wants it."""
+    """Return whether a process holds the lock file `path`; never takes it from a process that wants it."""
     if not path.exists():
         return False
     with storage_faults(path), path.open("rb") as file:

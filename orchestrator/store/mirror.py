@@ -19,7 +19,7 @@ from orchestrator.store.interface import StillOurs, Store, storage_faults
 
 EVERY_S = 5.0
 GROWING = ".jsonl"
-"""How the names of files end that only grow."""
+"""Suffix of the names of files that are only appended to."""
 TAIL = ".tail"
 LARGE_BYTES, LARGE_TAIL = 1 << 20, 0.25
 """A file below this size is always stored whole; of a larger one, a tail may be this share."""
@@ -113,7 +113,8 @@ class _Mirror:
             self._tailed.discard(path.name)
 
     def _tail(self, key: str, whole: int) -> bytes:
-        """What came after the first `whole` bytes; nothing where the tail is that of a smaller file, which holds it by now."""
+        """Return what follows the first `whole` bytes; empty where the tail belongs to a smaller file, which contains it by
+        now."""
         try:
             offset, _, tail = self._store.read(key + TAIL).partition(b"\n")
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What every record in the storage is: a small JSON file that is whole or not there."""
+"""Base of all records in the storage: small JSON files that are either complete or absent."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class TokenManifest(Record):
     dropped_tokens: int
     """Tokens that are the target of no window: a piece's end that did not fill one, prompts that fill a whole one."""
     target_share: float = 1.0
-    """Of the training positions, those that are learnt from; the others are prompts."""
+    """Share of the training positions that are learnt from; the others are prompts."""
     special_documents: int = 0
     """Documents that contain the text of a special token."""
 
@@ -49,7 +49,7 @@ class TokenManifest(Record):
         target_share: float = 1.0,
         group_rows: int = 16,
     ) -> TokenManifest:
-        """Of shards that were not made from documents, such as random ids to measure with."""
+        """Return the manifest of shards that were not made from documents, such as random ids to measure with."""
         counts = {"documents": 0, "heldout_documents": 0, "skipped_documents": 0, "dropped_tokens": 0}
         return cls(
             fingerprint="",

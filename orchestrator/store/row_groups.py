@@ -29,11 +29,11 @@ from orchestrator.store.shard_pages import ShardRecord
 GROUPS = "row_groups"
 """Key of the footer's metadata under which the row groups are listed."""
 MAGIC_BYTES = 4
-"""What a Parquet file begins with."""
+"""Number of bytes in the magic number at the start of a Parquet file."""
 
 
 class RowGroup(NamedTuple):
-    """Where a row group lies in its file, and what is in it."""
+    """The location of a row group in its file, and its contents."""
 
     start: int
     bytes: int
@@ -86,7 +86,7 @@ def put_shard(store: Store, folder: str, index: int, groups: Sequence[pa.Table])
 
 
 def rows_sha256(row_ids: Sequence[bytes]) -> str:
-    """What a record says of the rows of its shard."""
+    """Return the hash in a shard's record that identifies its rows."""
     return hashlib.sha256(b"".join(row_ids)).hexdigest()
 
 

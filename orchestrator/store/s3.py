@@ -207,7 +207,7 @@ class S3Store(Store):
             raise IntegrityError(f"{self.address(key)}{INDEX}: not a valid record: {error.errors()[0]['msg']}") from error
 
     def _copies(self, key: str) -> Path:
-        """What the names of this node's copies of the folder `key` begin with."""
+        """Return the prefix of the names of this node's copies of the folder `key`."""
         return node_folder() / "copies" / _digest(self.address(key))
 
     def _outline(self, key: str, index: FolderIndex) -> Path:

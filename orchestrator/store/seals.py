@@ -37,7 +37,7 @@ class Seal(Record):
 
 
 class Ledger(Record):
-    """What was asked for against what is there; every figure counts rows."""
+    """The rows that were planned against those that are there; every figure counts rows."""
 
     planned: int
     committed: int
@@ -110,7 +110,7 @@ class Seals:
     def _pages(
         self, shards: Sequence[int], manifest: TokenManifest, look: Look, readers: ThreadPoolExecutor
     ) -> Iterator[_Part]:
-        """What is there of the ascending `shards`, page by page; compares what was not compared before, and says so there."""
+        """Yield what is there of the ascending `shards`, page by page; compare and record what was not compared before."""
         for number, members in groupby(shards, lambda shard: shard // PAGE_SHARDS):
             name, wanted = f"{self._folder}/sealed/{number:06d}.json", list(members)
             page = Page.load(self._store, name) or Page(shards={})

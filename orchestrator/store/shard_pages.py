@@ -30,7 +30,7 @@ class ShardRecord(Record):
     bytes: int
     rows: int
     footer_bytes: int
-    """Of the file's end, which says where its row groups lie and what their hashes are."""
+    """Bytes of the file's footer, which holds the offsets and hashes of its row groups."""
     footer_sha256: str
     """Proves the footer, and by it every row group, to those who read only a part of the file."""
     rows_sha256: str
@@ -45,7 +45,7 @@ class ShardPages(Record):
     """
 
     folder: str = ""
-    """Where the shards lie in the storage."""
+    """Folder of the shards in the storage."""
     packed_rows: str = ""
     """Rows of each shard: little-endian int32, zlib, base64."""
     pages: tuple[str, ...] = ()

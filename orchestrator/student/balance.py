@@ -16,14 +16,14 @@ from orchestrator.student.job import TrainingJob
 
 @dataclass(frozen=True)
 class Experts:
-    """What a mixture of experts is made of."""
+    """The structure of a mixture of experts."""
 
     layers: int
     experts: int
     picks: int
     """Experts that a token is sent to."""
     ahead: bool
-    """Whether layers of multi-token-prediction modules are among them."""
+    """True if layers of multi-token-prediction modules are included."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Experts | None:

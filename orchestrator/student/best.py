@@ -1,4 +1,4 @@
-"""Where training ends and which weights it leaves, where held-out cross entropy decides that.
+"""Early stopping and choice of the final weights, where held-out cross entropy decides them.
 
     <stage folder>/best/step-000120/model/...       as a finished stage leaves a model
                                     manifest.json   with the step and its cross entropy, written last

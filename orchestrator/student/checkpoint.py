@@ -61,7 +61,7 @@ class CheckpointManifest(Record):
 
 
 class PartReport(Record):
-    """What one rank has written, for rank 0 to publish."""
+    """The files that one rank has written, for rank 0 to publish."""
 
     folder: Path
     files: dict[str, FileRecord]

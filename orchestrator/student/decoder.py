@@ -91,7 +91,7 @@ class Decoder:
 
 
 def serve() -> None:
-    """What the process does: answer requests from standard input until it ends."""
+    """Run the decoder process: answer requests from standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to the whole group; the trainer decides when this ends
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever is printed must not get between the answers

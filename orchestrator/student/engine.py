@@ -45,5 +45,5 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def _dimensions(parameter: nn.Parameter) -> int:
-    """Of the whole parameter; a partitioned one is flat."""
+    """Return the number of dimensions of the whole parameter; a partitioned one is flat."""
     return len(getattr(parameter, "ds_shape", parameter.shape))

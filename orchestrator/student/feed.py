@@ -36,8 +36,8 @@ from orchestrator.student.job import TrainingJob
 
 CHECK_STOP_S = 1.0
 STEPS_REQUESTED, STEPS_READY = 4, 2
-"""How many steps ahead of training row groups are asked for, and tensors made. A group serves several steps, so the groups of
-new places all come due at once; they are decoded while these steps are trained."""
+"""Number of steps ahead of training for which row groups are requested, and for which tensors are made. A group serves several
+steps, so the groups of new places all come due at once; they are decoded while these steps are trained."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Mask:
     kept: torch.Tensor
     """[rows, seq], bool"""
     share: float
-    """Of all the training's targets, those that are learnt. A loss is divided by what its batch has of them on average, so
-    that a target weighs the same in whichever batch it is, and no rank needs to know another's."""
+    """Share of all the training's targets that are learnt. A loss is divided by the number of them that a batch has on average,
+    so that a target weighs the same in whichever batch it is, and no rank needs to know another's."""
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Mask:
         return Mask(change(self.kept), self.share)
@@ -139,7 +139,7 @@ class Feed:
         self._pinned = device(job.train.gpus_per_worker).type == "cuda"
         self._demand = self._order.shards_until(job.steps)
         self._awaited = np.zeros(len(job.manifest.train), np.bool_)
-        """Of each shard, whether its labels are known to be there."""
+        """For each shard, whether its labels are known to be there."""
 
     def steps(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, its micro-batches) from step `first` to the end of training.
@@ -243,7 +243,7 @@ Step = tuple[int, list[MicroBatch]]
 
 
 def _put(queue_: Passing[T], item: T | BaseException, stop: threading.Event) -> bool:
-    """Whether `item` was passed on before `stop` was set."""
+    """Pass `item` on; return whether that succeeded before `stop` was set."""
     while not stop.is_set():
         try:
             queue_.put(item, timeout=CHECK_STOP_S)

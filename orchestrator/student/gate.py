@@ -65,7 +65,7 @@ class Gate:
             self._closed.set()
 
     def _agree(self, reason: str | None) -> tuple[bool, int]:
-        """Whether any rank is to stop, and how many checkpoints have been asked for."""
+        """Return whether any rank is to stop, and how many checkpoints have been asked for."""
         wanted = torch.tensor([int(reason is not None), self._saves_asked])
         dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self._group)
         return bool(wanted[0]), int(wanted[1])

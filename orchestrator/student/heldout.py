@@ -40,7 +40,7 @@ class Evaluator:
         self._micro_batches: list[MicroBatch] | None = None
 
     def due(self, done: int) -> bool:
-        """Whether the model is to be evaluated after `done` steps."""
+        """Return whether the model is to be evaluated after `done` steps."""
         evaluation = self._job.evaluation
         return evaluation is not None and (done % evaluation.every == 0 or done == self._job.steps)
 

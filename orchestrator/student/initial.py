@@ -37,7 +37,7 @@ CALIBRATION_ROWS_AT_A_TIME = 4
 
 @dataclass(frozen=True)
 class Origin:
-    """What the first weights of a student come from."""
+    """The inputs that determine a student's first weights."""
 
     store: Store
     student: CheckpointStudent | PrunedStudent | UpcycledStudent
@@ -93,7 +93,7 @@ class Origin:
 
 
 def finished_initial(origin: Origin) -> Initial | None:
-    """What an earlier run made of `origin`."""
+    """Return the initial weights that an earlier run made from `origin`; None if none did."""
     done = finished_model(origin.store, origin.stage)
     return None if done is None else Initial(folder=done.address, content=done.manifest.content)
 
@@ -119,7 +119,7 @@ def _make_task(origin: Origin, still_ours: StillOurs) -> None:
 
 
 def _as_it_is(origin: Origin) -> bool:
-    """Whether the files of the checkpoint can be used, so that no process has to hold its weights."""
+    """Return whether the checkpoint's files can be used directly, so that no process has to hold its weights."""
     if not isinstance(origin.student, CheckpointStudent) or not plainly_named(origin.folder):
         return False
     return vocab_size_of(origin.folder, "student.path") == origin.vocab_size
@@ -152,7 +152,7 @@ def _vocabulary(folder: Path) -> object:
 
 
 def _given_ids(folder: Path) -> int:
-    """How many ids, from 0 on, the tokenizer in `folder` gives."""
+    """Return the number of ids, from 0 on, that the tokenizer in `folder` gives."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"].get("vocab", {})
     listed = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))

@@ -1,4 +1,4 @@
-"""What a training job is, whoever is trained: a teacher from scratch, the student, or the baseline."""
+"""Description of a training job, whoever is trained: a teacher from scratch, the student, or the baseline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAINING_VERSION = 5
 
 @dataclass(frozen=True)
 class Soft:
-    """Where the soft labels come from and how they enter the loss."""
+    """The source of the soft labels, and how they enter the loss."""
 
     log_key: str
     labels: Labels
@@ -88,7 +88,7 @@ class TrainingJob:
 
     @property
     def selects(self) -> bool:
-        """Whether evaluations decide where training ends, or which weights it leaves."""
+        """Return whether evaluations decide when training ends, or which weights it keeps."""
         return self.train.keep == "best" or self.train.patience is not None
 
     @property
@@ -104,7 +104,7 @@ class TrainingJob:
 
     @property
     def objective(self) -> Objective:
-        """What is minimised; without soft labels, cross entropy alone."""
+        """Return the objective that is minimised; without soft labels, cross entropy alone."""
         return self.soft.objective if self.soft else Objective(alpha=1.0)
 
     @property

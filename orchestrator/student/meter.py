@@ -1,4 +1,4 @@
-"""What a training says about itself while it runs, and at the end."""
+"""Figures that a training reports while it runs, and at the end."""
 
 from __future__ import annotations
 

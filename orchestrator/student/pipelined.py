@@ -28,7 +28,7 @@ from orchestrator.student.sharded import on_cpu, once
 from orchestrator.student.step import StepResult
 
 CUT_AT = "type:block|final"
-"""What DeepSpeed spreads evenly over the stages: blocks, and the norm with the head as one more of them."""
+"""Layers that DeepSpeed spreads evenly over the stages: blocks, and the norm with the head as one more of them."""
 
 
 class Pipelined:

@@ -1,4 +1,4 @@
-"""What can be known of a training before anything costs time: whether the model can be, and whether the strategy fits it."""
+"""Checks of a training before anything costs time: whether the model can be built, and whether the strategy fits it."""
 
 from __future__ import annotations
 

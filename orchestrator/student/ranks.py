@@ -1,4 +1,4 @@
-"""What the ranks of a training agree on, and how they wait for work of rank 0 that may take long."""
+"""Agreement between the ranks of a training, and waiting for work of rank 0 that may take long."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ T = TypeVar("T")
 
 
 def from_first_rank(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, the only one that calls it; called on every rank."""
+    """Return the result of `make` on rank 0, the only rank that calls it; called on every rank."""
     made: list[Any] = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(made, src=0)
     return made[0]
 
 
 def everywhere(true: bool) -> bool:
-    """Whether `true` holds on every rank; called on every rank."""
+    """Return whether `true` holds on every rank; called on every rank."""
     return all(gathered(true))
 
 
 def gathered(own: T) -> list[T]:
-    """What each rank gave, by rank; called on every rank."""
+    """Return the values that the ranks gave, by rank; called on every rank."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return found

@@ -59,8 +59,8 @@ class Replicated:
         return StepResult(mean, terms[:, 0], applied and self.engine.was_step_applied())
 
     def _finite_gradient(self) -> bool:
-        """Whether the gradient of the whole batch is finite. The stages of ZeRO look themselves; without it, every rank has the
-        whole gradient, so all decide alike."""
+        """Return whether the gradient of the whole batch is finite. The stages of ZeRO check this themselves; without ZeRO,
+        every rank has the whole gradient, so all decide alike."""
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 

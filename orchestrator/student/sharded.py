@@ -1,4 +1,4 @@
-"""How a model starts on many ranks: no rank reads or draws more of it than a share of its own.
+"""Start of a model on many ranks: no rank reads or draws more of it than a share of its own.
 
 Then the parameters go round: one after another each is whole on all ranks, in the precision and on the device of training.
 Where every rank trains a whole model, it stays; under ZeRO-3 DeepSpeed partitions it before the next one comes.

@@ -91,7 +91,7 @@ class HostCopy:
     def __init__(self, memory: HostMemory) -> None:
         self._memory = memory
         self.files: dict[str, Any] = {}
-        """What was to be saved, by file name relative to `ROOT`."""
+        """Values that were to be saved, by file name relative to `ROOT`."""
 
     def save(self, state_dict: Any, path: str) -> None:
         self.files[os.path.relpath(path, ROOT)] = self._memory.plan(state_dict)
@@ -116,7 +116,7 @@ class HostCopy:
 
 
 def snapshot(engine: Any, memory: HostMemory, tag: str, client: dict[str, Any]) -> dict[str, Any]:
-    """What this rank has to save of `engine` and `client`, by relative file name; called on every rank.
+    """Return what this rank has to save of `engine` and `client`, by relative file name; called on every rank.
 
     It lies in `memory`, which must be filled before the optimizer's next step.
     """

@@ -26,13 +26,13 @@ class Trainer(Protocol):
     """With parameters that may be sharded, or those of this rank's stage only."""
     mtp: MultiTokenPrediction | None
     balance: Balance | None
-    """Of a mixture of experts."""
+    """Load balancing of a mixture of experts; None for other models."""
     engine: Any
     """DeepSpeed's."""
     data_rank: int
     """Which of the `train.data_parallel` shares of a batch this rank works on."""
     reads_labels: bool
-    """Whether this rank computes the loss."""
+    """True if this rank computes the loss, and so reads labels."""
 
     def step(self, mixture: Mixture, micro_batches: list[MicroBatch]) -> StepResult:
         """One optimizer step, which is left out on every rank if its gradient is not finite."""

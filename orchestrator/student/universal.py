@@ -96,7 +96,7 @@ def load_universal(engine: Any, path: Path, tag: str) -> dict[str, Any]:
 
 
 def universal_key(checkpoints: str, name: str) -> str:
-    """Where the universal form of checkpoint `name` lies."""
+    """Return the key of the universal form of checkpoint `name`."""
     return f"{checkpoints}/{_PREFIX}{name}"
 
 
@@ -108,7 +108,7 @@ def drop_universal(store: Store, checkpoints: str) -> None:
 
 
 def _intact(store: Store, key: str, source: str) -> bool:
-    """Whether the universal checkpoint `key` is made of `source` and undamaged; every rank hashes its share of it."""
+    """Return whether universal checkpoint `key` is made of `source` and undamaged; every rank hashes its share of it."""
     manifest = from_first_rank(partial(_manifest, store, key))
     if manifest is None or manifest.source != source:
         return False
@@ -128,10 +128,10 @@ class Team:
     """The ranks that convert a checkpoint together, because they see the same folder."""
 
     folder: Path
-    """Where the result is built."""
+    """Folder in which the result is built."""
     group: Any
     place: int
-    """Of this rank in the team; -1 for one that is not in it."""
+    """Index of this rank in the team; -1 for a rank that is not in it."""
     size: int
 
     @classmethod
@@ -148,7 +148,7 @@ class Team:
         return self.place >= 0
 
     def share_out(self, work: Callable[[Any], Any] | None, chunks: Sequence[Any]) -> list[Any]:
-        """What `work` makes of each of the `chunks`, in any order; called on the leader, while the others `help`."""
+        """Return the result of `work` for each of the `chunks`, in any order; called on the leader, while the others `help`."""
         dist.broadcast_object_list([work, chunks], src=0, group=self.group)
         return self._own_share(work, chunks) if work else []
 

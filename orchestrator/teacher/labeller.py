@@ -38,7 +38,7 @@ FAULTY = 18
 Receipt = dict[str, Any]
 """The outcome of one item, and the time it took."""
 Begun = ShardRecord | Asked | Literal["continued", "failed"] | None
-"""How far an item is when the teacher is done with it: committed, answered, or claimed elsewhere (None). Items that only the
+"""State of an item when the teacher is done with it: committed, answered, or claimed elsewhere (None). Items that only the
 report needs are continued or have failed."""
 
 

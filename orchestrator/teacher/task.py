@@ -37,7 +37,7 @@ class Item(NamedTuple):
 
     @property
     def optional(self) -> bool:
-        """Whether only the report needs it."""
+        """Return whether only the report needs the item."""
         return self.kind in ("measured", "continuations")
 
 
@@ -50,7 +50,7 @@ class Answering:
     speed_rows: int
     """Rows in a pass by which speed is measured."""
     continues: bool
-    """Whether prompts are to be continued, too; only a process that holds all of a teacher can."""
+    """True if prompts are to be continued too; only a process that holds a whole teacher can do that."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How the teacher replicas spent their time, added up from the receipts of their shards."""
+"""Time use of the teacher replicas, added up from the receipts of their shards."""
 
 from __future__ import annotations
 

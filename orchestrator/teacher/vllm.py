@@ -29,7 +29,7 @@ TIMEOUT_S = 600.0
 ANY_ID = 0
 """The id that ends every prompt: a server tells log-probabilities only of places at which an id stands."""
 ROUNDING = 1e-3
-"""How far above 1 probabilities may sum."""
+"""Rounding tolerance: the amount by which probabilities may sum to more than 1."""
 BELOW_TOP = 1e-3
 """Nats by which ids that were not named stay below those that were, whatever rounding does."""
 

@@ -27,7 +27,7 @@ Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 Row = tuple[str, float, int, int]
 """A metric's name, value, Unix time in ms, step."""
 PARENT = "run"
-"""Where the id of the parent run stands among the stages' ids."""
+"""Key of the parent run's id among the ids of the stages."""
 
 _MAX_METRICS, _MAX_PARAMS, _MAX_VALUE_CHARS, _MAX_DIGEST_CHARS = 1000, 100, 6000, 36
 _MAX_TRIES = 3
@@ -71,7 +71,7 @@ class Tracker:
 
     @property
     def address(self) -> str:
-        """Where a person looks at this run, as far as it is known yet."""
+        """Return where a person looks at this run, as far as it is known yet."""
         return run_url(self._uri, self._outbox.experiment_id, self.run_ids.get(PARENT))
 
     def start(self) -> None:
@@ -328,7 +328,7 @@ def redact(text: str) -> str:
 
 
 def run_url(uri: str, experiment_id: str | None = None, run_id: str | None = None) -> str:
-    """Where a person looks at the run: its page on a server, or the command that serves a local database."""
+    """Return where a person looks at the run: its page on a server, or the command that serves a local database."""
     if not uri.startswith(("http://", "https://")):
         return f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"
     page = f"/#/experiments/{experiment_id}" + (f"/runs/{run_id}" if run_id else "") if experiment_id else ""

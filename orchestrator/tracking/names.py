@@ -45,7 +45,7 @@ RUNNING = "stage/running"
 LAST_PROGRESS_TIME_S = "stage/last_progress_time_s"
 
 Kind = Literal["series", "log", "state", "count"]
-"""What a value of the metric says, and who is told.
+"""Meaning of a metric's values, and who receives them.
 
 `series`: how it was at a step. The run's log and MLflow, and Prometheus as a gauge.
 `log`: a rate, a share or a sum since some earlier step. Log and MLflow; Prometheus has the counts from which it can be worked
@@ -64,12 +64,12 @@ class Metric:
 
     @property
     def logged(self) -> bool:
-        """Whether its points go into the run's log and MLflow."""
+        """Return whether the metric's points go into the run's log and MLflow."""
         return self.kind in ("series", "log")
 
     @property
     def exported(self) -> bool:
-        """Whether it goes to Prometheus."""
+        """Return whether the metric goes to Prometheus."""
         return self.kind != "log"
 
     @property
@@ -79,7 +79,7 @@ class Metric:
 
     @property
     def prometheus_name(self) -> str:
-        """What Ray makes of `ray_name` on the way to Prometheus."""
+        """Return the name that Ray gives `ray_name` on the way to Prometheus."""
         return f"ray_{self.ray_name}{'_total' if self.kind == 'count' else ''}"
 
 

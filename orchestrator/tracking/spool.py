@@ -27,7 +27,7 @@ _ROUND_S, _POLL_S, _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 2.0, 0.5, 30.0
 
 
 class Point(NamedTuple):
-    """What one stage measured at one step; `time_s` is Unix time."""
+    """The measurements of one stage at one step; `time_s` is Unix time."""
 
     stage: str
     step: int
@@ -171,7 +171,7 @@ class Outbox:
             self._save()
 
     def head(self) -> Command | list[tuple[Point, int]] | None:
-        """What is to be delivered next: points (each with the offset behind it), a command, or nothing."""
+        """Return what is to be delivered next: points (each with the offset behind it), a command, or None."""
         with self._mutex:
             command = Command(**self._state.pending[0]) if self._state.pending else None
             end = command.log_bytes if command else self._log_bytes()

@@ -1,4 +1,4 @@
-"""How student and baseline differ from the teacher on held-out tokens."""
+"""Charts of how student and baseline differ from the teacher on held-out tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all charts are made of: plain plotly figures, the lines in them, and tables that say the same in numbers.
+"""Building blocks of all charts: plain plotly figures, the lines in them, and tables that give the same in numbers.
 
 Colours are written as `$name` and filled in by the page from its CSS variables, so that one figure serves light, dark
 and print. A model keeps its colour everywhere: teacher grey, student blue, baseline orange.

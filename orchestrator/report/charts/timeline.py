@@ -1,4 +1,4 @@
-"""How fast both sides worked, and under it on the same axis what every stage did with its time."""
+"""Chart of the throughput of both sides, and under it, on the same axis, of how every stage spent its time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RATES = (
 _STAGE_COLORS = {"teacher": "$teacher", "labels": "$teacher", "student": "$student", "baseline": "$baseline"}
 _ROW_PX = 32
 _THICK = 0.62
-"""Of a row's height."""
+"""Thickness of a bar, as a share of a row's height."""
 _BINS = 300
 """Across the figure: about two pixels each in print."""
 
@@ -90,7 +90,7 @@ def _add_rows(figure: Figure, stages: Sequence[dict[str, Any]], per_unit: float,
 
 
 def _lane(lane: Lane, row: int, per_unit: float, bin_s: float) -> list[dict[str, Any]]:
-    """What covers the stage's bar: start-up hatched, then in each bin the share that was busy, and on it that of waiting."""
+    """Return the bars that cover the stage's: start-up hatched, then per bin the busy share, and on it the waiting share."""
     across = {"orientation": "h", "y": [row], "width": _THICK}
     ends = [lane.began_s, lane.spans[0].start_s, lane.ended_s]
     hatch = {"shape": "/", "fgcolor": "$neutral", "bgcolor": "$page", "size": 6, "solidity": 0.25}
