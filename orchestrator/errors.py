@@ -11,7 +11,7 @@ from typing import ClassVar
 
 MAX_MESSAGE_CHARS = 300
 BROKEN_LINK = re.compile(r"connection|gloo|nccl|socket|broken pipe|tim(ed |e)out|recv|rendezvous", re.IGNORECASE)
-"""Errors that torch raises in the neighbours of a process that died."""
+"""Pattern of the errors that torch raises in the neighbours of a process that died."""
 
 
 class DistillError(Exception):
