@@ -9,7 +9,13 @@ from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
 
 NOISE = ("has constructor arguments in the object store and max_restarts > 0", "^$")
-"""Patterns of lines. The first is an error by its level, about every pool of Ray Data; an empty line follows it."""
+"""Patterns of lines that are left out.
+
+The first is an error by its level, and true of every actor pool of Ray Data: an actor cannot restart once its constructor's
+arguments are lost. Ray Data puts them into the object store of the driver's node, which spills such objects and never evicts
+them. So they are lost only with that node, and the run is lost with it too. `tests/faults/test_kills.py` and `test_setbacks.py`
+see actors restart. An empty line follows the error.
+"""
 CLOSE_S = 2.0
 
 
