@@ -13,6 +13,8 @@ import typer
 from typer import _click as click
 from typer.core import TyperGroup
 
+from orchestrator.runtime.signals import heard
+
 HELP = {"help_option_names": ["-h", "--help"]}
 EXAMPLES = {
     "JOB": ("jobs/quickstart.yaml", "distill init makes one"),
@@ -40,6 +42,12 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:  # of which the library would make an exit without a word
             raise Interrupted from error
+        except Exception as error:
+            stop = heard()
+            if stop is None:
+                raise
+            stop.__context__ = error
+            raise Interrupted from stop
 
 
 class Interrupted(BaseException):

@@ -13,6 +13,7 @@ from orchestrator.errors import Terminated
 _STOPS: dict[signal.Signals, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 """Both are a `KeyboardInterrupt`: whatever else a handler raises, `ray.get` loses."""
 _terminated = threading.Event()
+_heard: list[type[KeyboardInterrupt]] = []
 
 
 def heed_signals() -> None:
@@ -21,6 +22,7 @@ def heed_signals() -> None:
     Whoever presses Ctrl-C three times wants the run to stop, and stopping takes seconds that must not be disturbed. A signal
     that is ignored already, as in a shell's background job, stays so.
     """
+    _heard.clear()
     if threading.current_thread() is threading.main_thread():
         for number in _STOPS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -44,8 +46,17 @@ def signals_heeded() -> Generator[None]:
         raise
     finally:
         if _stop not in before.values() and threading.current_thread() is threading.main_thread():
+            _heard.clear()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def heard() -> KeyboardInterrupt | None:
+    """Return the interrupt that a signal has raised in this process, None if there was no signal.
+
+    A library may have made another exception of it: one that arrives while pydantic builds a class ends as its `SchemaError`.
+    """
+    return _heard[0]() if _heard else None
 
 
 @contextmanager
@@ -67,4 +78,5 @@ def _stop(number: int, _frame: FrameType | None) -> None:
         signal.signal(each, signal.SIG_IGN)
     if number == signal.SIGTERM:
         _terminated.set()
+    _heard.append(_STOPS[signal.Signals(number)])
     raise _STOPS[signal.Signals(number)]

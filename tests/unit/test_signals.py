@@ -112,3 +112,36 @@ cli.main()
         time.sleep(0.01)
     _, said = command.communicate(timeout=60)
     assert (command.returncode, len(said.splitlines())) == (code, 1), said
+
+
+SWALLOWS = """
+import os, signal, sys, time
+from orchestrator.cli import app, main
+
+@app.command()
+def swallow():
+    try:
+        {happens}
+    except BaseException as error:
+        raise ValueError("the class could not be built") from error
+
+sys.argv = ["distill", "swallow"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("happens", "code", "says"),
+    [
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(5)", 130, "interrupted"),
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)", 143, "terminated"),
+        ("raise OSError", 1, "the class could not be built"),
+    ],
+)
+def test_an_interrupt_of_which_a_library_made_an_error_is_one(happens: str, code: int, says: str) -> None:
+    """Without a signal, the negative control, the error is a fault of the program."""
+    ended = subprocess.run(
+        [sys.executable, "-c", SWALLOWS.format(happens=happens)], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == code and says in ended.stderr, ended.stderr
+    assert ("Traceback" in ended.stderr) == (code == 1)
